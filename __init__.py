@@ -1,0 +1,67 @@
+"""EdgeFormer runs PyTorch transformers fast on the hardware one has.
+
+The names below are the front door; each is imported when it is first used, so that ``import edgeformer``
+itself touches no compiler, no hardware and no file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler.errors import (
+        BuildError,
+        CapacityError,
+        DeclinedError,
+        EdgeFormerError,
+        FormatError,
+        TargetError,
+        UnsupportedError,
+    )
+    from .compiler.target import Target
+    from .model.evaluate import evaluate
+    from .model.loading import load, plan
+    from .model.report import report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": ".model.loading",
+    "plan": ".model.loading",
+    "evaluate": ".model.evaluate",
+    "report": ".model.report",
+    "Target": ".compiler.target",
+    "EdgeFormerError": ".compiler.errors",
+    "TargetError": ".compiler.errors",
+    "FormatError": ".compiler.errors",
+    "UnsupportedError": ".compiler.errors",
+    "BuildError": ".compiler.errors",
+    "DeclinedError": ".compiler.errors",
+    "CapacityError": ".compiler.errors",
+}
+
+__all__ = [
+    "BuildError",
+    "CapacityError",
+    "DeclinedError",
+    "EdgeFormerError",
+    "FormatError",
+    "Target",
+    "TargetError",
+    "UnsupportedError",
+    "evaluate",
+    "load",
+    "plan",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgeformer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,96 @@
+"""The limits of the machine, measured in the same run as the models: bytes read and operations a second."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+PROBE_BYTES = 256 << 20
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do with so many threads, by the best of the probes that ran.
+
+    `read_bandwidth` is in bytes a second. `int8_peak` and `float_peak` are operations a second (a
+    multiply and an add are two) of loops that touch registers only; None where no such loop exists
+    here, since anything slower would not be a limit. `probes` has every probe's best figure.
+    """
+
+    threads: int
+    read_bandwidth: float
+    int8_peak: float | None
+    float_peak: float | None
+    rounds: int = 1
+    probes: dict[str, float] = field(default_factory=dict)
+
+    def best(self, other: Limits) -> Limits:
+        """Return the higher figure of each probe of two rounds."""
+        assert self.threads == other.threads
+        names = self.probes.keys() | other.probes.keys()
+        return Limits(
+            threads=self.threads,
+            read_bandwidth=max(self.read_bandwidth, other.read_bandwidth),
+            int8_peak=_higher(self.int8_peak, other.int8_peak),
+            float_peak=_higher(self.float_peak, other.float_peak),
+            rounds=self.rounds + other.rounds,
+            probes={n: max(self.probes.get(n, 0.0), other.probes.get(n, 0.0)) for n in sorted(names)},
+        )
+
+
+def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = REPEATS) -> Limits:
+    """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops."""
+    import torch
+
+    from ..runtime.threads import set_threads
+
+    set_threads(threads)
+    native = _native_probes()
+    source = torch.ones(probe_bytes // 4, dtype=torch.float32)
+    copy = torch.empty_like(source)
+    probes = {
+        "torch_sum": source.nbytes / _shortest(source.sum, repeats),
+        "copy_twice": 2 * source.nbytes / _shortest(functools.partial(copy.copy_, source), repeats),
+    }
+    del source, copy
+    if native is not None:
+        for name in ("read_bandwidth", "int8_dot_peak", "float_dot_peak"):
+            probe = getattr(native, name, None)
+            if probe is not None:
+                probes[name] = float(probe(threads))
+    readers = ("torch_sum", "copy_twice", "read_bandwidth")
+    return Limits(
+        threads=threads,
+        read_bandwidth=max(probes[name] for name in readers if name in probes),
+        int8_peak=probes.get("int8_dot_peak"),
+        float_peak=probes.get("float_dot_peak"),
+        probes=probes,
+    )
+
+
+def _native_probes() -> ModuleType | None:
+    """Return the compiled probes, None where the runtime has none."""
+    package = (__package__ or "").rpartition(".")[0]
+    if importlib.util.find_spec(f"{package}.runtime.probes") is None:
+        return None
+    return importlib.import_module(f"{package}.runtime.probes")
+
+
+def _shortest(call: Callable[[], object], repeats: int) -> float:
+    call()  # pages in, threads awake
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _higher(a: float | None, b: float | None) -> float | None:
+    return max((x for x in (a, b) if x is not None), default=None)

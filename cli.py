@@ -1,0 +1,353 @@
+"""The command `edgeformer`: answers and data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .compiler.errors import EdgeFormerError, UnsupportedError
+from .console import answer, chat, megabytes, print_facts, print_report, print_speed, stderr
+
+if TYPE_CHECKING:
+    from .model.generate import LanguageModel
+
+EXIT_ERROR = 2
+
+
+class Kv(StrEnum):
+    """Types of the KV cache."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+class Activation(StrEnum):
+    """How activations meet quantised weights."""
+
+    int8 = "int8"
+    float = "float"
+
+
+class Quantize(StrEnum):
+    """What wider weights are rounded to while they load."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+class Output(StrEnum):
+    """Forms of a table."""
+
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
+class Text(StrEnum):
+    """Forms of a short answer."""
+
+    text = "text"
+    json = "json"
+
+
+class Commands(TyperGroup):
+    """Tells an EdgeFormerError in one line and ends with exit code 2; `--debug` shows the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeFormerError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed beside the limits of this machine.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look after the kernels that were built on this machine.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default=False)]
+TargetName = Annotated[str, typer.Option(help="auto, or a name of `edgeformer targets`.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the physical cores.")]
+Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens to hold.")]
+KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
+QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
+ActivationType = Annotated[Activation, typer.Option(help="int8 is fast; float keeps activations.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer at most.")]
+OutputText = Annotated[Text, typer.Option("--output", "-o", help="Form of the answer.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        from .bench.device import version_of
+
+        typer.echo(f"edgeformer {version_of('edgeformer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """Run transformers as fast as this device allows."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+
+
+@app.command()
+def run(
+    model: ModelPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Without one: a chat.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this part of the likeliest.")] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; default: a fresh one.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt without chat template.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Then say which kernels ran, and why.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much memory it takes.")] = False,
+    context: Context = None,
+    kv: KvType = Kv.bf16,
+    threads: Threads = None,
+    target: TargetName = "auto",
+    quantize: QuantizeTo = None,
+    activation: ActivationType = Activation.int8,
+) -> None:
+    """Answer a prompt, or chat when there is none."""
+    if dry_run:
+        print_plan(model, context, kv, quantize, target)
+        return
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    loaded = load_model(model, target, context, kv, threads, quantize, activation)
+    sampling: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repeat_penalty, "seed": seed,
+    }  # fmt: skip
+    if prompt is None:
+        chat(loaded, raw, sampling)
+    else:
+        answer(loaded, prompt, raw, [], sampling)
+        print_speed(loaded)
+    if report:
+        print_report(loaded)
+
+
+def load_model(
+    path: Path, target: str, context: int | None, kv: Kv, threads: int | None, quantize: Quantize | None,
+    activation: Activation,
+) -> LanguageModel:  # fmt: skip
+    """Load a model with a progress bar on stderr."""
+    from rich.progress import Progress
+
+    from .model.loading import load
+
+    console = stderr()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"loading {path.name}", total=None)
+        return load(
+            path, target, context, kv.value, threads, quantize.value if quantize else None, activation.value,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+
+
+def print_plan(
+    path: Path, context: int | None, kv: Kv, quantize: Quantize | None, target: str = "auto"
+) -> None:
+    """Say what a model needs; CapacityError when that does not fit."""
+    from .bench.device import free_memory
+    from .compiler.target import Target
+    from .model.loading import plan
+    from .model.plan import require_memory
+
+    Target.parse(target).require_runnable()
+    needed = plan(path, context, kv.value, quantize.value if quantize else None)
+    for name in ("weights", "kv", "workspace", "total"):
+        typer.echo(f"{name:10} {megabytes(getattr(needed, name)):>12}")
+    typer.echo(f"{'context':10} {needed.context:>12}")
+    typer.echo(f"{'free':10} {megabytes(free_memory()):>12}")
+    require_memory(needed)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    text: Annotated[Path, typer.Option("--text", "-f", help="A UTF-8 text.", show_default=False)],
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read from an empty cache.")] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of the text.")] = 4096,
+    output: OutputText = Text.text,
+    kv: KvType = Kv.bf16,
+    threads: Threads = None,
+    target: TargetName = "auto",
+    quantize: QuantizeTo = None,
+    activation: ActivationType = Activation.int8,
+) -> None:
+    """Compare the model with fp32 PyTorch on the same weights: perplexity, KL divergence, agreement."""
+    from .model.evaluate import evaluate_file
+
+    loaded = load_model(model, target, window, kv, threads, quantize, activation)
+    with stderr().status("evaluating"):
+        found = evaluate_file(loaded, text, window=window, max_tokens=max_tokens)
+    print_facts(
+        {
+            "tokens": found.tokens,
+            "perplexity": found.perplexity,
+            "reference_perplexity": found.reference_perplexity,
+            "perplexity_change": found.perplexity_change,
+            "mean_kl": found.mean_kl,
+            "top1_agreement": found.top1_agreement,
+        },
+        output == Text.json,
+    )
+
+
+@bench_app.command("model")
+def bench_model(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma list.")] = "512",
+    generate: Annotated[str, typer.Option("-n", "--n-gen", help="Tokens to generate, comma list.")] = "128",
+    depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens in the cache before.")] = "0",
+    repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    threads: Annotated[str, typer.Option("-t", "--threads", help="A comma list; default: the cores.")] = "",
+    batch: Annotated[str, typer.Option("-b", "--batch", help="Sequences side by side, for decode.")] = "1",
+    output: Annotated[Output, typer.Option("-o", "--output")] = Output.md,
+    peers: Annotated[str, typer.Option(help="Also measure, on the same file: llama.cpp.")] = "",
+    kv: KvType = Kv.bf16,
+    target: TargetName = "auto",
+    quantize: QuantizeTo = None,
+    activation: ActivationType = Activation.int8,
+) -> None:
+    """Measure prefill (pp) and decode (tg) as llama-bench does, beside the limits of this machine."""
+    from .bench.model import Options, bench, require_plausible
+    from .bench.table import render
+
+    settings = Options(
+        prompt=numbers(prompt, "-p"), generate=numbers(generate, "-n"), depth=numbers(depth, "-d"),
+        batch=numbers(batch, "-b", least=1), threads=numbers(threads, "-t", least=1), repeats=repeats,
+        target=target, kv=kv.value, activation=activation.value,
+        quantize=quantize.value if quantize else None,
+        peers=tuple(name.strip() for name in peers.split(",") if name.strip()),
+    )  # fmt: skip
+    rows = bench(model, settings, progress=lambda text: typer.echo(text, err=True))
+    typer.echo(render(rows, output.value))
+    require_plausible(rows)
+
+
+def numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
+    """Read a comma list of whole numbers."""
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UnsupportedError(f"{option} takes whole numbers with commas between, not {text!r}") from None
+    if any(n < least for n in found):
+        raise UnsupportedError(f"{option} takes numbers of at least {least}, not {text!r}")
+    return found
+
+
+@app.command()
+def doctor(output: OutputText = Text.text) -> None:
+    """Describe this machine and the tools, for an issue."""
+    from .bench.device import back_ends, device, free_memory, linker, versions
+    from .compiler.artifacts import cache_root
+
+    facts = {k: v for k, v in device().items() if k != "features"}
+    if output == Text.text:
+        facts |= {k: megabytes(facts[k]) for k in ("l2_bytes", "l3_bytes", "memory_bytes")}
+    facts["memory_free"] = megabytes(free_memory()) if output == Text.text else free_memory()
+    facts |= {
+        "linker": linker(),
+        "cache": str(cache_root()),
+        "back_ends": back_ends(),
+        "versions": versions(),
+    }
+    print_facts(facts, output == Text.json)
+
+
+@app.command()
+def targets(output: OutputText = Text.text) -> None:
+    """List the targets that code can be compiled for, this host first."""
+    from .compiler.target import Target, detect, known_targets
+
+    host = detect()
+    rows = []
+    for target in (host, *(Target.parse(name) for name in known_targets())):
+        missing = target.missing_on(host)
+        rows.append(
+            {
+                "name": "auto" if target is host else target.name,
+                "arch": target.arch,
+                "mcpu": target.mcpu,
+                "isa": target.isa,
+                "runs_here": not missing,
+                "missing": missing,
+            }
+        )
+    if output == Text.json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        here = "runs here" if row["runs_here"] else "lacks " + ", ".join(row["missing"][:4])
+        typer.echo(f"{row['name']:18} {row['arch']:8} {row['mcpu']:16} {row['isa']:12} {here}")
+
+
+@cache_app.command("list")
+def cache_list(output: OutputText = Text.text) -> None:
+    """List the built kernels."""
+    from .compiler.artifacts import ArtifactStore
+
+    store = ArtifactStore()
+    rows = [{"folder": str(folder), "key": key} for folder, key in store.entries()]
+    if output == Text.json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for folder, key in store.entries():
+        typer.echo(f"{folder.name}  {key['spec'] if key else 'damaged'}")
+    typer.echo(f"{len(rows)} kernels in {store.root}", err=True)
+
+
+@cache_app.command("verify")
+def cache_verify() -> None:
+    """Check every built kernel's files; exit code 2 when one is damaged."""
+    from .compiler.artifacts import ArtifactStore
+
+    problems = ArtifactStore().verify()
+    for folder, problem in problems:
+        typer.echo(f"{folder}: {problem}")
+    if problems:
+        raise EdgeFormerError(f"{len(problems)} kernels are damaged; they are built again when needed")
+    typer.echo("all kernels are sound", err=True)
+
+
+@cache_app.command("prune")
+def cache_prune() -> None:
+    """Delete every built kernel; what is needed is built again."""
+    from .compiler.artifacts import ArtifactStore
+
+    typer.echo(f"{ArtifactStore().prune()} kernels deleted", err=True)
+
+
+if __name__ == "__main__":
+    main()

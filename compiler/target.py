@@ -1,0 +1,220 @@
+"""A Target says what code is compiled for; it is frozen, and detected or parsed, never probed at import."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import TargetError
+
+# LLVM's CPU names by archspec's micro-architecture names, where they differ.
+_LLVM_NAME = {
+    "zen": "znver1",
+    "zen2": "znver2",
+    "zen3": "znver3",
+    "zen4": "znver4",
+    "zen5": "znver5",
+    "skylake_avx512": "skylake-avx512",
+    "x86_64": "x86-64",
+    "x86_64_v2": "x86-64-v2",
+    "x86_64_v3": "x86-64-v3",
+    "x86_64_v4": "x86-64-v4",
+    "icelake": "icelake-client",
+    "mic_knl": "knl",
+    "k10": "amdfam10",
+    "bulldozer": "bdver1",
+    "piledriver": "bdver2",
+    "steamroller": "bdver3",
+    "excavator": "bdver4",
+    "zen6": "znver5",
+    "aarch64": "generic",
+    "thunderx2": "thunderx2t99",
+    "neoverse_n1": "neoverse-n1",
+    "neoverse_n2": "neoverse-n2",
+    "neoverse_v1": "neoverse-v1",
+    "neoverse_v2": "neoverse-v2",
+    "m1": "apple-a14",
+    "m2": "apple-a15",
+    "m3": "apple-a16",
+    "m4": "apple-m4",
+}
+
+# The features that choose an instruction-set entry; the first whose features are all there wins.
+ISA_FEATURES = (
+    ("avx512_vnni", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})),
+    ("avx2", frozenset({"avx2", "fma", "f16c"})),
+    ("portable", frozenset()),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device and its instruction set.
+
+    Sizes are in bytes; `cores` counts the physical cores that this process may use. `features` are
+    Linux cpuinfo names. `emulated` marks an instruction-set entry run through portable arithmetic.
+    """
+
+    name: str
+    arch: str
+    mcpu: str
+    isa: str
+    features: frozenset[str] = frozenset()
+    cores: int = 1
+    l1d: int = 32 << 10
+    l2: int = 512 << 10
+    l3: int = 0
+    backends: tuple[str, ...] = ("tvm_llvm", "torch")
+
+    @staticmethod
+    def parse(name: str | Target) -> Target:
+        """Return the target `name`: "auto" (this host), a name from `known_targets()`, or a Target.
+
+        Raises TargetError with close names for an unknown one.
+        """
+        if isinstance(name, Target):
+            return name
+        if name in ("auto", "host"):
+            return detect()
+        known = _known()
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "auto"], n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise TargetError(f"Unknown target {name!r}.{hint} `edgeformer targets` lists all names.")
+        return known[name]
+
+    def key(self) -> str:
+        """One line with all that changes generated code."""
+        return f"{self.arch}/{self.mcpu}/{self.isa}"
+
+    def with_isa(self, isa: str) -> Target:
+        """Return this target restricted to another instruction-set entry (tests, comparisons)."""
+        return replace(self, isa=isa, name=f"{self.name}+{isa}")
+
+    def missing_on(self, host: Target) -> list[str]:
+        """Return what `host` lacks to run code for this target; an empty list means it can run."""
+        if self.arch != host.arch:
+            return [f"architecture {self.arch}"]
+        return sorted(self.features - host.features)
+
+    def require_runnable(self) -> None:
+        """Raise TargetError when this host cannot run code for this target."""
+        missing = self.missing_on(detect())
+        if missing:
+            raise TargetError(
+                f"Target {self.name} needs {', '.join(missing)}, which this host ({detect().name}) lacks. "
+                "Use --target auto, or compile on this host and run on the device."
+            )
+
+
+def known_targets() -> list[str]:
+    """Return the names of the targets that ship as data."""
+    return sorted(_known())
+
+
+@functools.cache
+def _known() -> dict[str, Target]:
+    import yaml
+
+    found: dict[str, Target] = {}
+    folder = resources.files(__package__) / "targets"
+    for entry in folder.iterdir():
+        if entry.name.endswith(".yaml"):
+            data: dict[str, Any] = yaml.safe_load(entry.read_text())
+            features = frozenset(data["features"])
+            found[data["name"]] = Target(
+                name=data["name"],
+                arch=data["arch"],
+                mcpu=data["mcpu"],
+                isa=_isa_for(features),
+                features=features,
+                cores=data.get("cores", 1),
+                l1d=data.get("l1d", 32 << 10),
+                l2=data.get("l2", 512 << 10),
+                l3=data.get("l3", 0),
+                backends=tuple(data.get("backends", ("tvm_llvm", "torch"))),
+            )
+    return found
+
+
+def _isa_for(features: frozenset[str]) -> str:
+    return next(isa for isa, needed in ISA_FEATURES if needed <= features)
+
+
+def _llvm_name(name: str) -> str:
+    """Return LLVM's CPU name for archspec's; architecture levels of Arm are features, not CPUs."""
+    return _LLVM_NAME.get(name) or ("generic" if name.startswith("armv") else name.replace("_", "-"))
+
+
+@functools.cache
+def detect() -> Target:
+    """Return this host's target (archspec, psutil; the process's affinity and cgroup limit respected)."""
+    import archspec.cpu
+
+    host = archspec.cpu.host()
+    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    features = frozenset(host.features)
+    sizes = _cache_sizes()
+    return Target(
+        name=f"host-{host.name}",
+        arch=arch,
+        mcpu=_llvm_name(host.name),
+        isa=_isa_for(features),
+        features=features,
+        cores=available_cores(),
+        l1d=sizes.get((1, "Data"), 32 << 10),
+        l2=sizes.get((2, "Unified"), 512 << 10),
+        l3=sizes.get((3, "Unified"), 0),
+    )
+
+
+def available_cores() -> int:
+    """Return the physical cores that this process may use: affinity and the cgroup's CPU quota respected."""
+    import psutil
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    logical = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    all_logical, physical = os.cpu_count() or 1, psutil.cpu_count(logical=False) or logical
+    cores = max(1, min(logical, -(-logical * physical // all_logical)))
+    quota = _cgroup_numbers("cpu.max")
+    if len(quota) == 2:
+        cores = min(cores, max(1, quota[0] // quota[1]))
+    return cores
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still allocate: free memory, capped by the cgroup's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limit, used = _cgroup_numbers("memory.max"), _cgroup_numbers("memory.current")
+    if limit and used:
+        free = min(free, max(0, limit[0] - used[0]))
+    return free
+
+
+def _cgroup_numbers(name: str) -> list[int]:
+    try:
+        text = (Path("/sys/fs/cgroup") / name).read_text().split()
+        return [int(word) for word in text]
+    except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+        return []
+
+
+def _cache_sizes() -> dict[tuple[int, str], int]:
+    sizes: dict[tuple[int, str], int] = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind = int((index / "level").read_text()), (index / "type").read_text().strip()
+            text = (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+        sizes[level, kind] = int(text.rstrip("KM")) * unit
+    return sizes

@@ -1,0 +1,31 @@
+"""The CPU form's tuning space: tile of queries and keys, chunk of keys, when decode gives way to prefill."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ...compiler.target import Target
+from .spec import AttentionSpec
+
+_ROWS = [96, 48, 192]  # query rows (queries x heads of a group) that share a tile of K and V
+_KEYS = [128, 64, 256]  # keys of a tile
+_DECODE_ROWS = [8, 4, 16]  # up to so many queries run as decode
+_CHUNK = [256, 128, 512]  # keys of a decode chunk in long contexts
+_PREFETCH = [True, False]  # decode fetches V while it reads K, and K of the next chunk while it reads V
+
+
+def space(spec: AttentionSpec, target: Target) -> list[dict[str, Any]]:
+    """Return every configuration whose tiles fit half of L2, the default first."""
+    found = []
+    for rows, keys, decode, chunk, prefetch in itertools.product(_ROWS, _KEYS, _DECODE_ROWS, _CHUNK, _PREFETCH):
+        if tile_bytes(spec, rows, keys) <= max(target.l2 // 2, tile_bytes(spec, min(_ROWS), min(_KEYS))):
+            found.append(
+                {"block_q": rows, "block_k": keys, "decode_rows": decode, "chunk": chunk, "prefetch": prefetch}
+            )
+    return found
+
+
+def tile_bytes(spec: AttentionSpec, rows: int, keys: int) -> int:
+    """Return the fp32 bytes of a query tile with its output and of a tile of K and V."""
+    return 4 * (rows + keys) * (spec.head_dim + spec.v_head_dim)

@@ -1,0 +1,144 @@
+"""Vector fragments of attention: 2**x, tanh, transposes, and accumulators that stay in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..shared import tir
+from ..shared.tir import T
+
+# 2**f for |f| <= 1/2, minimax in relative error (7.5e-8), lowest power first.
+_EXP2 = (1.0000000716546849, 0.6931469670647613, 0.240221197238401, 0.05550713273496898, 0.009675541334449414,
+         0.0013276471992851953)  # fmt: skip
+_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+# tanh(x) = x * P(x^2) / Q(x^2) for |x| <= 7.9053; beyond it tanh is 1 in fp32 (Eigen's rational form).
+_TANH_LIMIT = 7.90531110763549805
+_TANH_P = (4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
+           -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16)  # fmt: skip
+_TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def minus_infinity(lanes: int = 1) -> Any:
+    """Return fp32 -inf, broadcast."""
+    return tir.splat(tir.bits(T.uint32(0xFF800000), "float32"), lanes)
+
+
+def exp2(x: Any, lanes: int) -> Any:
+    """Return 2**x for x <= 0 within 2e-6: x < -126.5 and -inf give exactly 0, NaN stays NaN.
+
+    Intermediates stand in registers: a shared subexpression of TIR would be copied.
+    """
+    value, rounded = tir.Register("float32", lanes), tir.Register("float32", lanes)
+    low = tir.f32(-127.0, lanes)
+    value.set(x)
+    value.set(T.Select(low > value.get(), low, value.get()))
+    rounded.set(value.get() + tir.f32(_ROUND, lanes))
+    value.set(value.get() - (rounded.get() - tir.f32(_ROUND, lanes)))
+    p = tir.f32(_EXP2[-1], lanes)
+    for coefficient in reversed(_EXP2[:-1]):
+        p = p * value.get() + tir.f32(coefficient, lanes)
+    word = "int32" if lanes == 1 else f"int32x{lanes}"
+    exponent = T.shift_left(tir.bits(rounded.get(), word) + tir.i32(127, lanes), tir.i32(23, lanes))
+    return p * tir.bits(exponent, "float32" if lanes == 1 else f"float32x{lanes}")
+
+
+def tanh(x: Any, lanes: int) -> Any:
+    """Return tanh(x) within 1e-6 relative; NaN stays NaN."""
+    value, square = tir.Register("float32", lanes), tir.Register("float32", lanes)
+    limit, low = tir.f32(_TANH_LIMIT, lanes), tir.f32(-_TANH_LIMIT, lanes)
+    value.set(x)
+    value.set(T.Select(value.get() > limit, limit, value.get()))
+    value.set(T.Select(low > value.get(), low, value.get()))
+    square.set(value.get() * value.get())
+    p, q = tir.f32(_TANH_P[-1], lanes), tir.f32(_TANH_Q[-1], lanes)
+    for coefficient in reversed(_TANH_P[:-1]):
+        p = p * square.get() + tir.f32(coefficient, lanes)
+    for coefficient in reversed(_TANH_Q[:-1]):
+        q = q * square.get() + tir.f32(coefficient, lanes)
+    return value.get() * p / q
+
+
+class Registers:
+    """A table of vectors, each in a variable of its own, so that it can live in a register."""
+
+    def __init__(self, count: int, lanes: int) -> None:
+        self._slots = [tir.Register("float32", lanes) for _ in range(count)]
+
+    def __getitem__(self, i: int) -> Any:
+        return self._slots[i].get()
+
+    def __setitem__(self, i: int, value: Any) -> None:
+        self._slots[i].set(value)
+
+    def add_product(self, i: int, a: Any, b: Any) -> None:
+        """slot i += a * b (one fused multiply-add where the CPU has it)."""
+        self[i] = self[i] + a * b
+
+
+def transpose(rows: Registers, lanes: int) -> Registers:
+    """Return the transpose of `lanes` vectors of `lanes`: 4 x 4 within 128 bits, then whole quarters."""
+    quarters = lanes // 4
+    out = Registers(lanes, lanes)
+    for g in range(quarters):
+        a, b, c, d = (rows[4 * g + i] for i in range(4))
+        half = Registers(4, lanes)
+        for i, (x, y) in enumerate(((a, b), (c, d))):
+            half[2 * i] = _by_quarter(x, y, (0, 4, 1, 5), lanes)
+            half[2 * i + 1] = _by_quarter(x, y, (2, 6, 3, 7), lanes)
+        for k in range(4):
+            pattern = (0, 1, 4, 5) if k % 2 == 0 else (2, 3, 6, 7)
+            out[4 * g + k] = _by_quarter(half[k // 2], half[2 + k // 2], pattern, lanes)
+    # Now out[4g + k] quarter q holds column 4q + k of rows 4g..4g+3: swap g and q.
+    step = 1
+    while step < quarters:
+        for g in range(quarters):
+            if g & step:
+                continue
+            for k in range(4):
+                low, high = out[4 * g + k], out[4 * (g + step) + k]
+                first, second = [], []
+                for q in range(quarters):
+                    first.append(q if not q & step else quarters + q - step)
+                    second.append(q + step if not q & step else quarters + q)
+                swapped = Registers(2, lanes)
+                swapped[0], swapped[1] = _quarters(low, high, first), _quarters(low, high, second)
+                out[4 * g + k], out[4 * (g + step) + k] = swapped[0], swapped[1]
+        step *= 2
+    # Row 4q + k of the result stands in slot 4q + k.
+    return out
+
+
+def sums_of_four(vectors: Registers, first: int, stride: int, lanes: int) -> Any:
+    """Return [sum(v0), sum(v1), sum(v2), sum(v3)] of four vectors, slots first, first + stride, ..."""
+    v = [vectors[first + i * stride] for i in range(4)]
+    half = Registers(2, lanes)
+    for i in range(2):
+        a, b = v[2 * i], v[2 * i + 1]
+        half[i] = _by_quarter(a, b, (0, 2, 4, 6), lanes) + _by_quarter(a, b, (1, 3, 5, 7), lanes)
+    a, b = half[0], half[1]
+    whole = _by_quarter(a, b, (0, 2, 4, 6), lanes) + _by_quarter(a, b, (1, 3, 5, 7), lanes)
+    width = lanes
+    while width > 4:
+        held = Registers(1, width)
+        held[0] = whole
+        width //= 2
+        low, high = ([T.int32(start + i) for i in range(width)] for start in (0, width))
+        whole = T.Shuffle([held[0]], low) + T.Shuffle([held[0]], high)
+    return whole
+
+
+def _by_quarter(a: Any, b: Any, pattern: tuple[int, ...], lanes: int) -> Any:
+    """Apply a 4-wide two-operand shuffle within every 128 bits (0-3 of a, 4-7 of b)."""
+    indices = []
+    for base in range(0, lanes, 4):
+        indices += [base + p if p < 4 else lanes + base + p - 4 for p in pattern]
+    return T.Shuffle([a, b], [T.int32(i) for i in indices])
+
+
+def _quarters(a: Any, b: Any, pattern: list[int]) -> Any:
+    """Gather 128-bit pieces: piece p of the concatenation of a and b."""
+    return T.Shuffle([a, b], [T.int32(4 * p + i) for p in pattern for i in range(4)])

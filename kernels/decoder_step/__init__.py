@@ -1,0 +1,51 @@
+"""The whole step: embedding, layers and head of a Llama-family decoder in one parallel launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.operator import Declined, Form
+from ...compiler.target import Target
+from .spec import LAYER_SLOTS, DecoderStepSpec
+
+__all__ = ["LAYER_SLOTS", "TVM_CPU", "DecoderStepSpec"]
+
+
+def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
+    if "tvm_llvm" not in target.backends:
+        return Declined(f"{target.name} lists no tvm_llvm back end")
+    if spec.head_dim % 32:
+        return Declined(f"heads of {spec.head_dim} are not whole blocks of 32 columns")
+    formats = (spec.qkv, spec.o, spec.gate_up, spec.down, spec.embed, spec.head)
+    if any(f.bits == 8 and f.zero in ("integer", "minimum") for f in formats):
+        return Declined("8-bit weights with a stored zero have no kernel")
+    if spec.intermediate % 32:
+        return Declined(f"an intermediate size of {spec.intermediate} is not a multiple of 32")
+    return None
+
+
+def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
+    small = {"avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
+    prefetches = (4096, 0, 2048, 8192, 16384)
+    return [{"small_rows": small, "prefetch": p, "chunk": 512, "kv_prefetch": 0} for p in prefetches]
+
+
+def _lower(spec: DecoderStepSpec, configuration: Any, target: Target) -> list[Any]:
+    from .tvm_cpu import lower
+
+    return lower(spec, configuration, target)
+
+
+def _bind(spec: DecoderStepSpec, configuration: Any, target: Target, library: Any) -> Any:
+    return library
+
+
+TVM_CPU = Form(
+    name="tvm_cpu",
+    backend="tvm_llvm",
+    decide=_decide,
+    space=_space,
+    bind=_bind,
+    lower=_lower,
+    sources=("kernels", "compiler/backends/tvm_llvm.py"),
+)

@@ -1,0 +1,183 @@
+"""The whole step on a CPU: one parallel launch, the phases of the operators between barriers.
+
+Each thread reads one contiguous share of every weight. Norms and activation quantising are repeated by
+every thread for itself: that costs less than a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...compiler.target import Target
+from ..attention.tvm_cpu_decode import Decode
+from ..attention.tvm_problem import Arguments, Problem
+from ..embedding.spec import EmbeddingSpec
+from ..embedding.tvm_emit import PackedRow
+from ..norm.spec import NormSpec
+from ..norm.tvm_emit import NormRow
+from ..quant_matmul.tvm_cpu import Context, direct_share, prepare_row, row_tiles, shared_range
+from ..rope.spec import RopeSpec
+from ..rope.tvm_emit import emit_rope_row
+from ..shared import tir
+from ..shared.barrier import barrier_ir, wait
+from ..shared.isa.table import Isa, by_name
+from ..shared.tir import T
+from .append import append_row
+from .spec import LAYER_SLOTS, DecoderStepSpec
+from .workspace import thread_area
+
+ARGUMENTS = [
+    ("threads", "int64"), ("batch", "int64"), ("tq", "int64"), ("position", "int64"),
+    ("layers", "int64"), ("table", "*int64"),
+    ("ids", "*int64"), ("embed", "int64"), ("head", "int64"), ("head_norm", "*float32"),
+    ("x", "*float32"), ("qkv", "*float32"), ("attended", "*float32"), ("gated", "*float32"), ("logits", "*float32"),
+    ("work", "int64"), ("attention_scratch", "int64"), ("barrier", "int64"),
+    ("cos", "*float32"), ("sin", "*float32"), ("rope_sb", "int64"), ("limits", "*int32"),
+    ("k_sb", "int64"), ("k_sh", "int64"), ("v_sb", "int64"), ("v_sh", "int64"), ("ks_sb", "int64"), ("ks_sh", "int64"),
+    ("chunk", "int64"),
+]  # fmt: skip
+
+
+def lower(spec: DecoderStepSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
+    """Return `step_1` (one row) and `step_n` (a few rows: a batch, or tokens of one sequence)."""
+    isa = by_name(str(configuration.get("isa") or target.isa))
+    rows = int(configuration["small_rows"])
+    steps = [("step_1", 1), ("step_n", rows)]
+    return [_Step(name, spec, isa, count, configuration, target.arch).emit() for name, count in steps]
+
+
+class _Step:
+    def __init__(
+        self, name: str, spec: DecoderStepSpec, isa: Isa, rows: int, configuration: Mapping[str, Any], arch: str
+    ) -> None:
+        self.spec, self.isa, self.rows, self.configuration, self.arch = spec, isa, rows, configuration, arch
+        self.kernel = tir.Kernel(name, ARGUMENTS)
+        self.m: Any = None
+
+    def emit(self) -> Any:
+        k, spec = self.kernel, self.spec
+        self.m = tir.let(k["batch"] * k["tq"])
+        area = thread_area(spec, self.rows)
+        with tir.import_llvm(barrier_ir(self.arch)), tir.parallel(k["threads"]) as thread:
+            self.thread = thread
+            padded = T.truncdiv(self.m + (self.rows - 1), T.int64(self.rows)) * self.rows
+            base = tir.let(k["work"] + thread * (padded * area.row_bytes + area.fixed_bytes))
+            self.normed = tir.buffer_at(base, "float32")
+            self.codes = tir.let(base + area.fixed_bytes)
+            self.scales = tir.let(self.codes + padded * area.code_bytes)
+            self.sums = tir.let(self.scales + padded * area.group_bytes)
+            with tir.when(k["embed"] != T.int64(0)):
+                self._embed()
+                self._barrier()
+            with tir.loop(k["layers"]) as layer:
+                self._layer({s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i)) for i, s in enumerate(LAYER_SLOTS)})
+            with tir.when(k["head"] != T.int64(0)):
+                self._normed_rows(k["head_norm"], self._context("head", {"w": k["head"], "y": k["logits"]}))
+                direct_share(self.current, thread, self._prefetch())
+        return self.kernel.finish()
+
+    def _layer(self, at: dict[str, Any]) -> None:
+        k, spec, thread = self.kernel, self.spec, self.thread
+        qkv = self._context("qkv", {"w": at["qkv"], "y": k["qkv"], "bias": tir.buffer_at(at["qkv_bias"], "float32")})
+        self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
+        blocks = spec.head_dim // 32
+        direct_share(qkv, thread, self._prefetch(), together=blocks)
+        self._rotate_and_append(at)
+        self._barrier()
+
+        decode = Decode(self._attention(at), int(self.configuration["chunk"]), int(self.configuration["kv_prefetch"]))
+        decode.phase_partials(thread)
+        self._barrier()
+        rows = tir.let(decode.rows())
+        first = tir.let(T.truncdiv(thread * rows, k["threads"]))
+        last = tir.let(T.truncdiv((thread + 1) * rows, k["threads"]))
+        with tir.loop(tir.let(last - first)) as row:
+            decode.phase_merge(tir.let(first + row))
+        self._barrier()
+
+        self._product("o", at["o"], k["attended"], k["x"], residual=True)
+        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": k["gated"]})
+        self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
+        direct_share(gate_up, thread, self._prefetch())
+        self._barrier()
+        self._product("down", at["down"], k["gated"], k["x"], residual=True)
+
+    def _product(self, name: str, weight: Any, source: Any, target: Any, residual: bool) -> None:
+        """Emit target += source @ W.T, then a barrier."""
+        context = self._context(name, {"w": weight, "x": source, "y": target, "residual": target})
+        with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
+            prepare_row(context, row)
+        direct_share(context, self.thread, self._prefetch())
+        self._barrier()
+
+    def _context(self, name: str, buffers: dict[str, Any]) -> Context:
+        """Return a product's emission context over this thread's scratch."""
+        vectors = 32 // self.isa.lanes
+        k = {"m": self.m, "threads": self.kernel["threads"], "codes": self.codes, "sums": self.sums}
+        k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
+        self.current = Context(self.isa, self.spec.matmul(name), k, self.rows, vectors if self.rows == 1 else min(2, vectors))
+        return self.current
+
+    def _normed_rows(self, weight: Any, context: Context) -> None:
+        """Emit: every row of x normalised and prepared in this thread's scratch."""
+        spec, k = self.spec, self.kernel
+        norm = NormSpec("rms", spec.hidden, spec.eps)
+        with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
+            with tir.when(row < self.m):
+                emitter = NormRow(norm, self.isa.lanes, 2, k["x"], tir.let(row * spec.hidden))
+                emitter.store(weight, None, self.normed, T.int64(0))
+            prepare_row(context, row, x_at=T.int64(0))
+
+    def _rotate_and_append(self, at: dict[str, Any]) -> None:
+        """Emit: the heads that this thread has just computed are rotated; keys and values go into the cache."""
+        spec, k, lanes = self.spec, self.kernel, self.isa.lanes
+        heads = spec.num_heads + 2 * spec.num_kv_heads
+        first, last = shared_range(heads, self.thread, k["threads"])
+        rope = RopeSpec(spec.head_dim, spec.rotary_dim, spec.rope_interleaved)
+        with tir.loop(self.m) as row, tir.loop(tir.let(last - first)) as i:
+            head = tir.let(first + i)
+            b, t = tir.let(T.truncdiv(row, k["tq"])), tir.let(T.truncmod(row, k["tq"]))
+            source = tir.let(row * spec.qkv_columns + head * spec.head_dim)
+            with tir.when(head < spec.num_heads + spec.num_kv_heads):
+                table = tir.let(b * k["rope_sb"] + t * (spec.rotary_dim // 2))
+                emit_rope_row(rope, lanes, k["qkv"], source, k["cos"], k["sin"], table, k["qkv"], source)
+            with tir.when(head >= spec.num_heads):
+                kv_head = tir.let(T.truncmod(head - spec.num_heads, T.int64(spec.num_kv_heads)))
+                is_key = head < spec.num_heads + spec.num_kv_heads
+                append_row(self, at, b, kv_head, tir.let(k["position"] + t), is_key, source)
+
+    def _attention(self, at: dict[str, Any]) -> Problem:
+        spec, k = self.spec, self.kernel
+        one = lambda v: T.int64(v)  # noqa: E731
+        columns, d = spec.qkv_columns, spec.head_dim
+        arguments = Arguments(
+            threads=k["threads"], batch=k["batch"], tq=k["tq"], tk=k["position"] + k["tq"], q_offset=k["position"],
+            window=one(1 << 40), chunk=k["chunk"],
+            factor=T.float32(d**-0.5 * 1.4426950408889634), cap=T.float32(0),
+            q=k["qkv"], q_sb=k["tq"] * columns, q_sh=one(d), q_st=one(columns),
+            k=tir.buffer_at(at["k"], spec.kv_dtype), k_sb=k["k_sb"], k_sh=k["k_sh"], k_st=one(16),
+            v=tir.buffer_at(at["v"], spec.kv_dtype), v_sb=k["v_sb"], v_sh=k["v_sh"], v_st=one(d),
+            k_scale=tir.buffer_at(at["k_scale"], "float32"), ks_sb=k["ks_sb"], ks_sh=k["ks_sh"],
+            v_scale=tir.buffer_at(at["v_scale"], "float32"), vs_sb=k["ks_sb"], vs_sh=k["ks_sh"],
+            limits=k["limits"], bias=None, bias_sb=one(0), bias_sh=one(0), bias_st=one(0), sinks=None,
+            out=k["attended"], out_sb=k["tq"] * spec.attention_columns, out_sh=one(d), out_st=one(spec.attention_columns),
+            lse=one(0), scratch=k["attention_scratch"],
+        )  # fmt: skip
+        return Problem(spec.attention(), self.isa, arguments)
+
+    def _embed(self) -> None:
+        """Emit: rows of the table to x, each by one thread."""
+        spec, k = self.spec, self.kernel
+        table = EmbeddingSpec(spec.vocab, spec.hidden, spec.embed, spec.embed_layout)
+        first = tir.let(T.truncdiv(self.thread * self.m, k["threads"]))
+        last = tir.let(T.truncdiv((self.thread + 1) * self.m, k["threads"]))
+        with tir.loop(tir.let(last - first)) as i:
+            row = tir.let(first + i)
+            PackedRow(table, k["embed"], tir.let(tir.load(k["ids"], row)), k["x"], tir.let(row * spec.hidden))
+
+    def _barrier(self) -> None:
+        wait(self.kernel["barrier"], self.kernel["threads"])
+
+    def _prefetch(self) -> int:
+        return int(self.configuration["prefetch"])

@@ -1,0 +1,16 @@
+"""norm: RMSNorm and LayerNorm over the last dimension, with and without quantising the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.operator import Operator, reference_form
+from . import reference, tvm_cpu
+from .spec import NormSpec
+
+
+def _reference(spec: NormSpec, *args: Any) -> Any:
+    return reference.norm_quantized(spec, *args) if spec.group_size else reference.norm(spec, *args)
+
+
+OPERATOR = Operator("norm", NormSpec, _reference, (tvm_cpu.FORM, reference_form(_reference)))

@@ -1,0 +1,75 @@
+"""From a loaded library to a callable on torch tensors. Needs no TVM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ...compiler.target import Target
+from ..shared.scratch import scratch
+from .packing import BLOCK, PackedWeight
+from .spec import QuantMatmulSpec
+
+_INT8_SIGNED = {"avx2"}
+
+
+def bind(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target, library: Any) -> Callable[..., torch.Tensor]:
+    """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out]."""
+    gemv, rows, gemm = (library.function(name) for name in ("gemv", "rows", "gemm"))
+    small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
+    isa = str(configuration.get("isa") or target.isa)
+    integer = spec.activation == "int8" and not spec.weight.is_float
+    pairs = integer and spec.weight.bits == 8 and isa in _INT8_SIGNED
+    groups = spec.weight.groups(spec.k) if integer else 0
+    k_padded = groups * spec.weight.group_size if integer else _padded_float_k(spec)
+    parts = 2 if spec.epilogue == "silu_pair" else 1
+    element = (2 if pairs else 1) if integer else 4
+    panel = parts * _line(k_padded * BLOCK * element)
+    code_size = element if integer else 4
+    n_out = spec.n_out
+
+    def call(
+        x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        m = x.shape[0]
+        y = torch.empty((m, n_out), dtype=x.dtype)
+        if m == 0:
+            return y
+        threads = torch.get_num_threads()
+        if m == 1:
+            function, padded = gemv, 1
+        elif m < switch:
+            function, padded = rows, -(-m // small) * small
+        else:
+            function, padded = gemm, -(-m // large) * large
+        codes = _line(padded * k_padded * code_size)
+        scales = _line(padded * groups * 4)
+        base = scratch(codes + 2 * scales + (threads * panel if function is gemm else 0))
+        function(
+            m,
+            threads,
+            x.data_ptr(),
+            weight.buffer.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            base,
+            base + codes,
+            base + codes + scales,
+            base + codes + 2 * scales,
+        )
+        return y
+
+    return call
+
+
+def _padded_float_k(spec: QuantMatmulSpec) -> int:
+    if spec.weight.is_float:
+        return -(-spec.k // 16) * 16
+    return spec.weight.groups(spec.k) * spec.weight.group_size
+
+
+def _line(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64

@@ -1,0 +1,62 @@
+"""The definition of right for the quantised matmul, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from .spec import QuantMatmulSpec
+from .weight_format import CanonicalWeight
+
+
+def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes [M, groups, group_size] (zero padded) and fp32 scales [M, groups] of x [M, K].
+
+    A group with NaN or Inf gets a NaN scale, so that its whole row is NaN.
+    """
+    m, k = x.shape
+    groups = -(-k // group_size)
+    padded = torch.zeros(m, groups * group_size)
+    padded[:, :k] = x.float()
+    v = padded.view(m, groups, group_size)
+    largest = v.abs().amax(2)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    codes = (v * inverse.unsqueeze(2)).round().clamp(-127, 127)
+    scales = torch.where(largest.isfinite(), largest / 127, torch.nan)
+    return codes.nan_to_num(0.0).to(torch.int8), scales
+
+
+def quant_matmul(
+    spec: QuantMatmulSpec,
+    x: torch.Tensor,
+    weight: CanonicalWeight,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return epilogue(x @ W.T + bias) + residual for x [M, K]; accumulated in fp64 over exact group sums."""
+    fmt = weight.format
+    if spec.activation == "float" or fmt.is_float:
+        y = x.double() @ weight.dequantize().double().T
+    else:
+        codes, scales = quantize_activations(x, fmt.group_size)
+        m, groups, size = codes.shape
+        w = torch.zeros(weight.n, groups * size, dtype=torch.float64)
+        w[:, : weight.k] = weight.codes.double() - fmt.zero_point
+        w = w.view(weight.n, groups, size)
+        dots = torch.einsum("mgk,ngk->mng", codes.double(), w)  # exact: integers below 2**53
+        assert weight.scale is not None
+        s = weight.scale.double()
+        if fmt.zero == "integer":
+            assert weight.zero is not None
+            dots = dots - codes.double().sum(2)[:, None, :] * weight.zero.double()
+        y = torch.einsum("mng,ng,mg->mn", dots, s, scales.double())
+        if fmt.zero == "minimum":
+            assert weight.zero is not None
+            y = y + torch.einsum("mg,ng->mn", codes.double().sum(2) * scales.double(), weight.zero.double())
+    if bias is not None:
+        y = y + bias.double()
+    if spec.epilogue == "silu_pair":
+        gate, up = y.chunk(2, 1)
+        y = gate * torch.sigmoid(gate) * up
+    if residual is not None:
+        y = y + residual.double()
+    return y.to(x.dtype)

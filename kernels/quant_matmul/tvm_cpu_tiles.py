@@ -1,0 +1,339 @@
+"""Register tiles of the CPU form: rows x vectors of a 32-column block, over all of K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..shared import tir
+from ..shared.isa.table import Isa
+from ..shared.tir import T
+from .packing import BLOCK, Geometry
+from .spec import QuantMatmulSpec
+from .tvm_cpu_rows import correction_kind
+
+_STRAIGHT = 4  # accumulators up to which a group's steps are emitted in a line
+
+
+class Tile:
+    """fp32 accumulators, one register a vector, or in L1 where those run out."""
+
+    def __init__(self, isa: Isa, rows: int, vectors: int) -> None:
+        self.isa, self.rows, self.vectors = isa, rows, vectors
+        self._arrays = [[tir.Register("float32", isa.lanes) for _ in range(vectors)] for _ in range(rows)]
+
+    def clear(self) -> None:
+        """Emit zeros."""
+        for r in range(self.rows):
+            for v in range(self.vectors):
+                self.set(r, v, tir.f32(0.0, self.isa.lanes))
+
+    def get(self, row: int, vector: int) -> Any:
+        """Return one accumulator."""
+        return self._arrays[row][vector].get()
+
+    def set(self, row: int, vector: int, value: Any) -> None:
+        """Emit a store to one accumulator."""
+        self._arrays[row][vector].set(value)
+
+    def add(self, row: int, vector: int, value: Any) -> None:
+        """Emit an addition to one accumulator."""
+        self.set(row, vector, self.get(row, vector) + value)
+
+
+@dataclass
+class Stream:
+    """The packed bytes of one block, as the views that tiles load from; `at` is the block's byte offset."""
+
+    isa: Isa
+    spec: QuantMatmulSpec
+    views: dict[str, Any]
+    at: Any
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the layout."""
+        return Geometry(self.spec.weight, self.spec.k)
+
+    def raw(self, group: Any, step: Any, vector: Any) -> Any:
+        """Return the 4*lanes code bytes of a run and vector (all planes)."""
+        offset = self.at + group * self.geometry.group_bytes + (step * BLOCK + vector * self.isa.lanes) * 4
+        return tir.let(tir.load(self.views["u8"], offset, 4 * self.isa.lanes))
+
+    def plane(self, raw: Any, p: int) -> Any:
+        """Return plane p of loaded bytes as codes."""
+        bits, n = self.spec.weight.bits, 4 * self.isa.lanes
+        if bits == 8:
+            return raw
+        shifted = T.shift_right(raw, tir.splat(T.uint8(p * bits), n)) if p else raw
+        if (p + 1) * bits == 8:
+            return shifted
+        return T.bitwise_and(shifted, tir.splat(T.uint8((1 << bits) - 1), n))
+
+    def scale(self, group: Any, vector: Any) -> Any:
+        """Return fp32 scales of a vector of columns."""
+        return self._floats(group, self.geometry.code_bytes, vector)
+
+    def zero(self, group: Any, vector: Any) -> Any:
+        """Return fp32 minima, or zero points, of a vector of columns."""
+        at = self.geometry.code_bytes + self.geometry.scale_bytes
+        if self.spec.weight.zero == "minimum":
+            return self._floats(group, at, vector)
+        offset = self.at + group * self.geometry.group_bytes + at + vector * self.isa.lanes
+        return tir.cast(tir.load(self.views["u8"], offset, self.isa.lanes), "float32")
+
+    def _floats(self, group: Any, at: int, vector: Any) -> Any:
+        size = self.geometry.scale_bytes // BLOCK
+        first = (self.at + group * self.geometry.group_bytes + at) // size + vector * self.isa.lanes
+        return tir.to_f32(self.views["scale"], first, self.isa.lanes)
+
+    def prefetch_group(self, group: Any, distance: int) -> None:
+        """Emit prefetches of one group's lines, `distance` bytes ahead."""
+        if distance:
+            for line in range(0, self.geometry.group_bytes, 64):
+                tir.prefetch(self.views["u8"], self.at + group * self.geometry.group_bytes + line + distance)
+
+
+@dataclass
+class Activations:
+    """The quantised rows: `q32` codes seen as int32 (4 codes), `q16x2` int16 codes seen as int32 (2 codes)."""
+
+    q32: Any
+    q16x2: Any
+    sa: Any
+    sc: Any
+    row0: Any
+
+
+def int_tile(
+    stream: Stream, act: Activations, tile: Tile, first_vector: int, one: Any, panel: Any = None, prefetch: int = 0
+) -> None:
+    """Emit: tile = codes . activations over all groups, scaled; exact integers inside a group.
+
+    `one` is a run-time 1, so that LLVM cannot know the trip count of the inner loop.
+    `panel` (views "u8" or "s16" of unpacked codes [K/4][32][4] or [K/2][32][2]) replaces the stream's codes.
+    """
+    isa, spec, g = stream.isa, stream.spec, stream.geometry
+    rows, vectors, lanes = tile.rows, tile.vectors, isa.lanes
+    size, planes = spec.weight.group_size, g.planes
+    signed = spec.weight.bits == 8 and isa.int8_codes == "signed"
+    pairs = panel is not None and panel.get("s16") is not None
+    umax = 255 if spec.weight.bits == 8 else (1 << spec.weight.bits) - 1
+    narrow = isa.accumulator == "int16" and not signed and not pairs
+    correction = correction_kind(isa, spec)
+    k_padded = g.groups * size
+    per_step = 2 if pairs else (4 if panel is not None else 4 * planes)
+    steps = size // per_step
+    dots_per_step = 1 if panel is not None else planes
+    chunk = steps if not narrow else max(1, min(steps, isa.dot4_steps(umax) // dots_per_step))
+    while steps % chunk:
+        chunk -= 1
+
+    tile.clear()
+    with tir.loop(g.groups) as group:
+        stream.prefetch_group(group, prefetch)
+        acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
+        acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
+        wide = [[tir.Register("int32", lanes) for _ in range(vectors)] for _ in range(rows)] if chunk < steps else []
+
+        def start(r: int) -> Any:
+            """The accumulator's first value: the correction where it is free, else zero."""
+            if correction == "int" and not narrow:
+                return tir.splat(tir.load(act.sc, (act.row0 + r) * g.groups + group), lanes)
+            return tir.splat(T.int16(0) if narrow else T.int32(0), width)
+
+        def one_step(step: Any) -> None:
+            operands: list[list[Any]] = []  # [dot][vector]
+            if panel is None:
+                raws = [stream.raw(group, step, first_vector + v) for v in range(vectors)]
+                operands = [[tir.let(stream.plane(raw, p)) for raw in raws] for p in range(planes)]
+            elif pairs:
+                at = (group * steps + step) * (BLOCK * 2) + first_vector * lanes * 2
+                operands = [[tir.let(tir.load(panel["s16"], at + v * lanes * 2, 2 * lanes)) for v in range(vectors)]]
+            else:
+                at = (group * steps + step) * (BLOCK * 4) + first_vector * lanes * 4
+                operands = [[tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]]
+            for d, codes in enumerate(operands):
+                for r in range(rows):
+                    if pairs:
+                        word = tir.load(act.q16x2, (act.row0 + r) * (k_padded // 2) + group * (size // 2) + step)
+                    else:
+                        index = group * (size // 4) + step * dots_per_step + d
+                        word = tir.load(act.q32, (act.row0 + r) * (k_padded // 4) + index)
+                    a = tir.let(tir.splat(word, lanes))
+                    for v, code in enumerate(codes):
+                        acc[r][v].set(_dot(isa, acc[r][v].get(), code, a, signed, pairs))
+
+        def run(count: int, first: Any) -> None:
+            if rows * vectors <= _STRAIGHT or count == 1:
+                for s in range(count):
+                    one_step(first + s)
+                return
+            # One step an iteration: LLVM would unroll a known count and spill what it hoists.
+            with tir.loop(one * count) as s:
+                one_step(tir.let(first + s))
+
+        def begin() -> None:
+            for r in range(rows):
+                value = start(r)
+                for v in range(vectors):
+                    acc[r][v].set(value)
+
+        if not wide:
+            begin()
+            run(steps, 0)
+        else:
+            for r in range(rows):
+                for v in range(vectors):
+                    wide[r][v].set(tir.i32(0, lanes))
+            with tir.loop(steps // chunk) as part:
+                begin()
+                run(chunk, part * chunk)
+                for r in range(rows):
+                    for v in range(vectors):
+                        wide[r][v].set(wide[r][v].get() + isa.widen(acc[r][v].get()))
+
+        scales = [tir.let(stream.scale(group, first_vector + v)) for v in range(vectors)]
+        zeros: list[Any] = []
+        if spec.weight.zero == "minimum":
+            zeros = [tir.let(stream.zero(group, first_vector + v)) for v in range(vectors)]
+        elif spec.weight.zero == "integer":
+            zeros = [tir.let(stream.zero(group, first_vector + v) * scales[v] * tir.f32(-1.0, lanes)) for v in range(vectors)]
+        for r in range(rows):
+            entry = (act.row0 + r) * g.groups + group
+            sa = tir.let(tir.splat(tir.load(act.sa, entry), lanes))
+            for v in range(vectors):
+                if wide:
+                    total = wide[r][v].get()
+                else:
+                    total = acc[r][v].get()
+                    total = isa.widen(total) if narrow else total
+                if correction == "int" and narrow:
+                    total = total + tir.splat(tir.load(act.sc, entry), lanes)
+                value = tile.get(r, v) + tir.cast(total, "float32") * (scales[v] * sa)
+                if zeros:
+                    value = value + zeros[v] * tir.splat(tir.load(act.sc, entry), lanes)
+                tile.set(r, v, value)
+
+
+def _dot(isa: Isa, acc: Any, code: Any, a: Any, signed: bool, pairs: bool) -> Any:
+    n = 4 * isa.lanes
+    if pairs:
+        return isa.dot2(acc, code, tir.bits(a, f"int16x{2 * isa.lanes}"))
+    if signed:
+        return isa.dot4_signed(acc, tir.bits(code, f"int8x{n}"), tir.bits(a, f"int8x{n}"))
+    return isa.dot4(acc, code, tir.bits(a, f"int8x{n}"))
+
+
+def fill_panel(stream: Stream, panel: dict[str, Any]) -> None:
+    """Emit: unpack one block's codes to bytes [K/4][32][4], or to int16 [K/2][32][2]."""
+    isa, g = stream.isa, stream.geometry
+    size, planes, lanes = stream.spec.weight.group_size, g.planes, isa.lanes
+    with tir.loop(g.groups) as group, tir.loop(size // (4 * planes)) as step:
+        for v in range(BLOCK // lanes):
+            raw = stream.raw(group, step, v)
+            for p in range(planes):
+                run = tir.let(group * (size // 4) + step * planes + p)
+                codes = stream.plane(raw, p)
+                if panel.get("u8") is not None:
+                    tir.store(panel["u8"], (run * BLOCK + v * lanes) * 4, codes)
+                    continue
+                # int16 pairs: bytes 0,1 of every column go to run 2r, bytes 2,3 to run 2r+1
+                n = 4 * lanes
+                wide = tir.let(tir.cast(tir.bits(codes, f"int8x{n}"), "int16"))
+                for half in range(2):
+                    lanes_of_half = [T.int32(c * 4 + half * 2 + j) for c in range(lanes) for j in range(2)]
+                    at = ((run * 2 + half) * BLOCK + v * lanes) * 2
+                    tir.store(panel["s16"], at, T.Shuffle([wide], lanes_of_half))
+
+
+def float_weights(stream: Stream, group: Any, step: Any, vector: Any) -> list[Any]:
+    """Return the fp32 weights of one run and vector, in the order of k (4 * planes of them)."""
+    isa, fmt, lanes = stream.isa, stream.spec.weight, stream.isa.lanes
+    raw = tir.let(tir.bits(stream.raw(group, step, vector), f"int32x{lanes}"))
+    scale = tir.let(stream.scale(group, vector))
+    zero = tir.let(stream.zero(group, vector)) if fmt.zero in ("minimum", "integer") else None
+    mask = (1 << fmt.bits) - 1
+    signed = fmt.bits == 8 and isa.int8_codes == "signed"
+    shift = 128 if fmt.bits == 8 and not signed else (0 if fmt.bits == 8 else fmt.zero_point)
+    values = []
+    for p in range(stream.geometry.planes):
+        for j in range(4):
+            if signed:
+                up = T.shift_left(raw, tir.i32(24 - 8 * j, lanes)) if j < 3 else raw
+                code = T.shift_right(up, tir.i32(24, lanes))
+            else:
+                down = 8 * j + p * fmt.bits
+                code = T.bitwise_and(T.shift_right(raw, tir.i32(down, lanes)) if down else raw, tir.i32(mask, lanes))
+            if shift and zero is None:
+                code = code - tir.i32(shift, lanes)
+            value = tir.cast(code, "float32")
+            if fmt.zero == "minimum":
+                values.append(tir.let(value * scale + zero))
+            elif fmt.zero == "integer":
+                values.append(tir.let((value - zero) * scale))
+            else:
+                values.append(tir.let(value * scale))
+    return values
+
+
+def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, first_vector: int) -> None:
+    """Emit: tile = x . W over all of K in fp32, weights converted in registers."""
+    spec = stream.spec
+    tile.clear()
+    if spec.weight.is_float:
+        _float_steps(tile, spec.k, lambda k, v: _float_element(stream, k, first_vector + v), xf, row0, k_padded)
+        return
+    g = stream.geometry
+    run = 4 * g.planes
+    with tir.loop(g.groups) as group, tir.loop(spec.weight.group_size // run) as step:
+        for v in range(tile.vectors):
+            for i, value in enumerate(float_weights(stream, group, step, first_vector + v)):
+                for r in range(tile.rows):
+                    at = (row0 + r) * k_padded + group * spec.weight.group_size + step * run + i
+                    tile.add(r, v, tir.splat(tir.load(xf, at), tile.isa.lanes) * value)
+
+
+def _float_element(stream: Stream, k: Any, vector: int) -> Any:
+    size = stream.geometry.block_bytes // (BLOCK * stream.spec.k)
+    return tir.to_f32(stream.views["scale"], stream.at // size + k * BLOCK + vector * stream.isa.lanes, stream.isa.lanes)
+
+
+def _float_steps(tile: Tile, k: int, weight: Any, xf: Any, row0: Any, k_padded: int) -> None:
+    def one(at: Any) -> None:
+        values = [tir.let(weight(at, v)) for v in range(tile.vectors)]
+        for r in range(tile.rows):
+            x = tir.let(tir.splat(tir.load(xf, (row0 + r) * k_padded + at), tile.isa.lanes))
+            for v, value in enumerate(values):
+                tile.add(r, v, x * value)
+
+    unroll = 4
+    with tir.loop(k // unroll) as outer:
+        for u in range(unroll):
+            one(tir.let(outer * unroll + u))
+    with tir.loop(k % unroll) as rest:
+        one(tir.let(rest + k // unroll * unroll))
+
+
+def panel_tile(tile: Tile, panel: Any, first_vector: int, xf: Any, row0: Any, k_padded: int, k: int) -> None:
+    """Emit: tile = x . panel, the panel fp32 [K][32]."""
+    lanes = tile.isa.lanes
+    tile.clear()
+    load = lambda at, v: tir.load(panel, at * BLOCK + (first_vector + v) * lanes, lanes)  # noqa: E731
+    _float_steps(tile, k, load, xf, row0, k_padded)
+
+
+def fill_float_panel(stream: Stream, panel: Any) -> None:
+    """Emit: convert one block to fp32 [K][32]."""
+    isa, spec, g = stream.isa, stream.spec, stream.geometry
+    if spec.weight.is_float:
+        with tir.loop(spec.k) as k:
+            for v in range(BLOCK // isa.lanes):
+                tir.store(panel, k * BLOCK + v * isa.lanes, _float_element(stream, k, v))
+        return
+    run = 4 * g.planes
+    with tir.loop(g.groups) as group, tir.loop(spec.weight.group_size // run) as step:
+        for v in range(BLOCK // isa.lanes):
+            for i, value in enumerate(float_weights(stream, group, step, v)):
+                at = (group * spec.weight.group_size + step * run + i) * BLOCK + v * isa.lanes
+                tir.store(panel, at, value)

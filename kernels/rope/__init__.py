@@ -1,0 +1,9 @@
+"""rope: rotary position embedding, half-split or interleaved, partial, in place or to an output."""
+
+from __future__ import annotations
+
+from ...compiler.operator import Operator, reference_form
+from . import reference, tvm_cpu
+from .spec import RopeSpec
+
+OPERATOR = Operator("rope", RopeSpec, reference.rope, (tvm_cpu.FORM, reference_form(reference.rope)))

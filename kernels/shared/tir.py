@@ -1,0 +1,236 @@
+"""Emit TIR from ordinary Python: kernels are functions that call these, so a generator can compose them.
+
+Every kernel argument is an int64 scalar: a size, or the address of a buffer. Addresses carry the
+alignment that the kernel may rely on (the element size unless stated), so a misaligned view is right.
+This module imports tvm; import it only from a form's lowering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tvm
+import tvm.script.ir_builder.tirx as T
+from tvm import tirx
+from tvm.ir import Call, Op, PointerType, PrimType
+from tvm.script.ir_builder import IRBuilder
+
+_UNBOUNDED = 1 << 40
+_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
+
+Expr = Any
+Buffer = Any
+
+
+class Kernel:
+    """One function under construction: `k = Kernel(name, args)`, emit statements, then `k.finish()`.
+
+    `args` are (name, type) in calling order; a type is a scalar's dtype ("int64", "float32") or "*dtype"
+    for the address of a buffer (an int64 at run time). `k["x"]` is the scalar or the unbounded 1-D buffer.
+    """
+
+    def __init__(self, name: str, args: Sequence[tuple[str, str]]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._builder = self._stack.enter_context(IRBuilder())
+        self._stack.enter_context(T.prim_func(s_tir=True))
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        scalars = {n: T.arg(n, tirx.Var(n, "int64" if kind[0] == "*" else kind)) for n, kind in args}
+        self._args = {n: buffer_at(scalars[n], kind[1:]) if kind[0] == "*" else scalars[n] for n, kind in args}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._args[name]
+
+    def finish(self) -> Any:
+        """Close the function and return the PrimFunc."""
+        self._stack.close()
+        return self._builder.get()
+
+
+def buffer_at(address: Expr, dtype: str, align: int | None = None) -> Buffer:
+    """Return the memory at an int64 address as an unbounded 1-D buffer (`align` in bytes)."""
+    pointer = T.bind(Call(Op.get("tirx.reinterpret"), [address], ret_ty=PointerType(PrimType(dtype), "global")))
+    return T.decl_buffer((_UNBOUNDED,), dtype, data=pointer, align=align or _BYTES[dtype])
+
+
+def local(dtype: str, size: int) -> Buffer:
+    """Allocate a small array. For an accumulator use `Register`: TVM splits vector accesses to plain arrays."""
+    return T.alloc_buffer((size,), dtype, scope="global")
+
+
+class Register:
+    """One vector (or scalar) variable: `set` stores, `get` loads; LLVM keeps it in a register."""
+
+    def __init__(self, dtype: str, lanes: int) -> None:
+        self._cell = T.alloc_buffer((1,), f"{dtype}x{lanes}" if lanes > 1 else dtype, scope="global")
+
+    def get(self) -> Expr:
+        """Return the value."""
+        return self._cell[0]
+
+    def set(self, value: Expr) -> None:
+        """Emit a store."""
+        T.buffer_store(self._cell, value, [0])
+
+
+@contextlib.contextmanager
+def loop(stop: Expr, start: Expr = 0) -> Iterator[Expr]:
+    """Emit a serial loop over [start, stop) with an int64 variable."""
+    with T.serial(_i64(start), _i64(stop)) as i:
+        yield i
+
+
+@contextlib.contextmanager
+def parallel(stop: Expr) -> Iterator[Expr]:
+    """Emit a loop over [0, stop) split over the threads in contiguous ranges."""
+    with T.parallel(T.int64(0), _i64(stop)) as i:
+        yield i
+
+
+@contextlib.contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Emit the body under a condition."""
+    with T.If(condition), T.Then():
+        yield
+
+
+@contextlib.contextmanager
+def import_llvm(text: str) -> Iterator[None]:
+    """Link LLVM IR helpers (alwaysinline functions) into the code of the body."""
+    with T.attr(T.int32(0), "pragma_import_llvm", text):
+        yield
+
+
+def let(value: Expr) -> Expr:
+    """Bind a value to a variable: evaluated once, here."""
+    return T.bind(value)
+
+
+def load(buffer: Buffer, offset: Expr, lanes: int = 1) -> Expr:
+    """Load `lanes` consecutive elements."""
+    return buffer[T.ramp(_i64(offset), T.int64(1), lanes)] if lanes > 1 else buffer[_i64(offset)]
+
+
+def store(buffer: Buffer, offset: Expr, value: Expr) -> None:
+    """Store a scalar or vector at `offset`."""
+    lanes = lanes_of(value)
+    T.buffer_store(buffer, value, [T.ramp(_i64(offset), T.int64(1), lanes) if lanes > 1 else _i64(offset)])
+
+
+def lanes_of(value: Expr) -> int:
+    """Return the number of lanes of an expression (1 for a scalar)."""
+    dtype = str(value.dtype) if hasattr(value, "dtype") else str(value.ty.dtype)
+    return int(dtype.rsplit("x", 1)[1]) if "x" in dtype else 1
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """Broadcast a scalar expression."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def f32(value: float, lanes: int = 1) -> Expr:
+    """Return an fp32 constant, broadcast over `lanes`."""
+    return splat(T.float32(value), lanes)
+
+
+def i32(value: int, lanes: int = 1) -> Expr:
+    """Return an int32 constant, broadcast over `lanes`."""
+    return splat(T.int32(value), lanes)
+
+
+def cast(value: Expr, dtype: str) -> Expr:
+    """Convert, keeping the lanes; `dtype` names the scalar type."""
+    lanes = lanes_of(value)
+    return T.Cast(f"{dtype}x{lanes}" if lanes > 1 else dtype, value)
+
+
+def bits(value: Expr, dtype: str) -> Expr:
+    """Reinterpret the bits as `dtype` (lanes included in the name)."""
+    return T.reinterpret(dtype, value)
+
+
+def to_f32(buffer: Buffer, offset: Expr, lanes: int) -> Expr:
+    """Load fp32, fp16 or bf16 elements as fp32."""
+    value = load(buffer, offset, lanes)
+    dtype = str(buffer.dtype)
+    if dtype == "float32":
+        return value
+    if dtype == "bfloat16":  # widening is a shift: exact, and needs no legalisation
+        raw = bits(value, f"uint16x{lanes}" if lanes > 1 else "uint16")
+        wide = T.shift_left(cast(raw, "uint32"), splat(T.uint32(16), lanes))
+        return bits(wide, f"float32x{lanes}" if lanes > 1 else "float32")
+    return cast(value, "float32")
+
+
+def from_f32(buffer: Buffer, offset: Expr, value: Expr) -> None:
+    """Store fp32 values into an fp32, fp16 or bf16 buffer (round to nearest even)."""
+    dtype = str(buffer.dtype)
+    if dtype == "bfloat16":
+        lanes = lanes_of(value)
+        raw = bits(value, f"uint32x{lanes}" if lanes > 1 else "uint32")
+        u = lambda c: splat(T.uint32(c), lanes)  # noqa: E731
+        odd = T.bitwise_and(T.shift_right(raw, u(16)), u(1))
+        rounded = T.shift_right(raw + u(0x7FFF) + odd, u(16))
+        quiet = T.bitwise_or(T.shift_right(raw, u(16)), u(0x40))  # a NaN must not round to Inf
+        chosen = T.Select(T.bitwise_and(raw, u(0x7FFFFFFF)) > u(0x7F800000), quiet, rounded)
+        value = bits(cast(chosen, "uint16"), f"bfloat16x{lanes}" if lanes > 1 else "bfloat16")
+        store(buffer, offset, value)
+    else:
+        store(buffer, offset, value if dtype == "float32" else cast(value, dtype))
+
+
+def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
+    """Call a pure LLVM intrinsic."""
+    return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def prefetch(buffer: Buffer, offset: Expr, locality: int = 3) -> None:
+    """Prefetch the line of an element for reading (locality 3: into L1)."""
+    address = T.address_of(buffer[_i64(offset)])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(locality), T.int32(1)))
+
+
+def reduce_max(value: Expr) -> Expr:
+    """Return the largest lane of an fp32 vector."""
+    return intrinsic("float32", "llvm.vector.reduce.fmax", value)
+
+
+def reduce_add(value: Expr) -> Expr:
+    """Return the sum of the lanes (fp32 or int32; fp32 lanes are added pairwise)."""
+    dtype = "float32" if "float" in _dtype(value) else "int32"
+    if dtype == "int32":
+        return intrinsic("int32", "llvm.vector.reduce.add", value)
+    lanes = lanes_of(value)
+    if lanes == 1:
+        return value
+    while lanes > 4:  # halving keeps the adds independent; the intrinsic alone would add lane after lane
+        lanes //= 2
+        low, high = _half(value, 0, lanes), _half(value, lanes, lanes)
+        value = low + high
+    return intrinsic("float32", "llvm.vector.reduce.fadd", T.float32(0), value)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """Return the larger, lane by lane."""
+    return T.max(a, b)
+
+
+def _half(value: Expr, start: int, count: int) -> Expr:
+    return T.Shuffle([value], [T.int32(start + i) for i in range(count)])
+
+
+def _dtype(value: Expr) -> str:
+    return str(value.dtype) if hasattr(value, "dtype") else str(value.ty.dtype)
+
+
+def _i64(value: Expr) -> Expr:
+    if isinstance(value, int):
+        return T.int64(value)
+    return value if _dtype(value) == "int64" else T.Cast("int64", value)
+
+
+def module(functions: Sequence[Any]) -> Any:
+    """Return PrimFuncs as one IRModule."""
+    return tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})

@@ -1,0 +1,146 @@
+"""The decoder as a compiled program: decode steps in one native call, longer chunks op by op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compiler.errors import EdgeFormerError
+from ..compiler.target import Target
+from ..kernels.decoder_step import DecoderStepSpec
+from ..runtime.kv_cache import KVCache
+from ..runtime.program import MAX_ROWS, StepProgram
+from .config import DecoderConfig
+from .decoder import Block, Decoder
+
+_TOLERANCE = 0.01  # of what a layer adds: an int8 code may round the other way, a wrong kernel is far off
+_KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+
+
+def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
+    """Return the whole step's problem. Raises EdgeFormerError where the layers differ in format."""
+    c = decoder.config
+    blocks = [layer for layer in decoder.layers if isinstance(layer, Block)]
+
+    def one(name: str) -> object:
+        found = {getattr(block, name).weight.format for block in blocks}
+        if len(found) != 1:
+            raise EdgeFormerError(f"the layers hold {name} in {len(found)} formats")
+        return found.pop()
+
+    return DecoderStepSpec(
+        hidden=c.hidden_size,
+        intermediate=c.intermediate_size,
+        vocab=c.vocab_size,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        eps=c.norm_eps,
+        qkv=one("qkv"),  # pyright: ignore[reportArgumentType]
+        o=one("o"),  # pyright: ignore[reportArgumentType]
+        gate_up=one("gate_up"),  # pyright: ignore[reportArgumentType]
+        down=one("down"),  # pyright: ignore[reportArgumentType]
+        embed=decoder.embed.weight.format,
+        head=decoder.head.weight.format,
+        embed_layout=decoder.embed.weight.layout,
+        rotary_dim=c.rotary_dim or c.head_dim,
+        rope_interleaved=c.rope_interleaved,
+        qkv_bias=c.attention_bias,
+        kv_dtype=_KV[kv],
+        mask="causal_lengths",
+        activation=decoder.head.activation,
+    )
+
+
+class CompiledDecoder:
+    """Calls like a Decoder: (ids, cache, position, lengths=None, last_only=True) -> logits."""
+
+    def __init__(self, decoder: Decoder, target: Target, kv: str) -> None:
+        self.decoder = decoder
+        layers = []
+        for block in decoder.layers:
+            assert isinstance(block, Block)
+            layers.append(
+                {
+                    "attn_norm": block.attn_norm.weight,
+                    "qkv": block.qkv.weight,
+                    "qkv_bias": block.qkv.bias,
+                    "o": block.o.weight,
+                    "mlp_norm": block.mlp_norm.weight,
+                    "gate_up": block.gate_up.weight,
+                    "down": block.down.weight,
+                }
+            )
+        self.program = StepProgram(
+            step_spec(decoder, kv), target, layers, decoder.embed.weight, decoder.head.weight, decoder.norm.weight
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self, ids: Tensor, cache: KVCache, position: int, lengths: Tensor | None = None, last_only: bool = True
+    ) -> Tensor:
+        """Logits fp32 [B, 1 or T, vocab]; short chunks run the program, long ones the eager decoder."""
+        batch, tokens = ids.shape[:2]
+        if batch * tokens > MAX_ROWS or position + tokens > self.decoder.context:
+            return self.decoder(ids, cache, position, lengths, last_only)
+        cos, sin = self.decoder.rope_rows(position, position + tokens, lengths)
+        embedded = ids.is_floating_point()
+        logits = self.program.run(
+            cache,
+            position,
+            cos,
+            sin,
+            ids=None if embedded else ids,
+            hidden=ids if embedded else None,
+            lengths=None if lengths is None else lengths.to(torch.int32).contiguous(),
+        )
+        return logits[:, -1:] if last_only else logits
+
+
+def compile_decoder(decoder: Decoder, target: Target, kv: str) -> tuple[CompiledDecoder | None, str]:
+    """Return (compiled decoder, "") after checking it against the eager one, or (None, the reason)."""
+    try:
+        compiled = CompiledDecoder(decoder, target, kv)
+    except EdgeFormerError as error:
+        return None, str(error)
+    problem = self_check(compiled, decoder, kv)
+    return (None, problem) if problem else (compiled, "")
+
+
+def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
+    """Compare every segment with the eager model on the same inputs; return what differs, or "".
+
+    Each layer is fed the eager hidden states, so that int8 codes that round the other way do not pile
+    up: odd lengths, several rows, then single tokens over the cache that the program has written.
+    """
+    c: DecoderConfig = decoder.config
+    room = min(decoder.context, 32)
+    if room < 11:
+        return ""
+    program = compiled.program
+    ids = torch.randint(0, c.vocab_size, (1, 11), generator=torch.Generator().manual_seed(0))
+    eager, ours = (KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, room, dtype=kv) for _ in range(2))
+    with torch.inference_mode():
+        start = 0
+        for length in (5, 1, 1, 3, 1):
+            chunk, end = ids[:, start : start + length], start + length
+            cos, sin = decoder.rope_rows(start, end, None)
+            x = decoder.embed(chunk)
+            for i, layer in enumerate(decoder.layers):
+                eager.length = ours.length = start
+                wanted = layer(x, eager.layer(i), start, cos, sin, None)
+                got = program.run(ours, start, cos, sin, hidden=x, first=i, count=1, head=False)
+                error = float((got - wanted).norm() / (wanted - x).norm().clamp_min(1e-6))
+                if not error < _TOLERANCE:
+                    return f"layer {i} of the compiled step differs from the eager one by {error:.2%} at position {start}"
+                x = wanted
+            logits = decoder.head(decoder.norm(x))
+            got = program.run(ours, start, cos, sin, hidden=x, first=c.num_layers, count=0)
+            error = float((got - logits).norm() / logits.norm())
+            if not error < _TOLERANCE:
+                return f"the head of the compiled step differs from the eager one by {error:.2%}"
+            eager.length = ours.length = start = end
+        embedded = program.run(ours, 0, *decoder.rope_rows(0, 1, None), ids=ids[:, :1], count=0, head=False)
+        if not torch.allclose(embedded, decoder.embed(ids[:, :1]), rtol=1e-5, atol=1e-6):
+            return "the embedding of the compiled step differs from the eager one"
+    return ""

@@ -1,0 +1,146 @@
+"""How much a loaded model loses against fp32 PyTorch with the same dequantised weights, on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..compiler.errors import FormatError, UnsupportedError
+from ..runtime.kv_cache import KVCache
+from .decoder import Block, Decoder, rope_tables
+from .generate import LanguageModel
+from .layers import PackedModule
+
+ROWS = 128  # tokens whose logits are compared at once: two tables of ROWS x vocabulary in memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over ``tokens`` predicted tokens; perplexities are of the next token, KL is in nats."""
+
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    mean_kl: float
+    top1_agreement: float
+
+    @property
+    def perplexity_change(self) -> float:
+        """Relative change of the perplexity against the reference."""
+        return self.perplexity / self.reference_perplexity - 1
+
+
+def evaluate_file(model: LanguageModel, path: str | Path, **options: int) -> Evaluation:
+    """``evaluate`` on a UTF-8 text file; FormatError if it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return evaluate(model, text, **options)
+
+
+def evaluate(model: LanguageModel, text: str, *, window: int = 512, max_tokens: int = 4096) -> Evaluation:
+    """Compare a loaded model with fp32 PyTorch on the same dequantised weights.
+
+    The text is cut into windows, each read from an empty cache; every token but a window's first is
+    predicted by both. The reference runs layer by layer, so one dequantised layer is in memory.
+
+    Raises UnsupportedError for a text of fewer than two tokens or a window that the context cannot hold.
+    """
+    if not 2 <= window <= model.context:
+        raise UnsupportedError(f"window {window} is not between 2 and the model's context {model.context}")
+    ids = torch.tensor(model.tokenizer.encode(text)[:max_tokens])
+    windows = [part for part in ids.split(window) if len(part) > 1]
+    if not windows:
+        raise UnsupportedError("the text has fewer than two tokens; nothing to evaluate")
+    hidden = reference_hidden(model.decoder, windows)
+    head = model.decoder.head.weight.unpack().dequantize()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part, expected in zip(windows, hidden, strict=True):
+        got = _model_logits(model, part)
+        for start in range(0, len(part) - 1, ROWS):
+            rows = slice(start, min(start + ROWS, len(part) - 1))
+            following = part[rows.start + 1 : rows.stop + 1]
+            sums += _compare(got[rows], expected[rows] @ head.T, following)
+    count = sum(len(part) - 1 for part in windows)
+    loss, reference_loss, kl, same = (sums / count).tolist()
+    return Evaluation(count, math.exp(loss), math.exp(reference_loss), kl, same)
+
+
+@torch.inference_mode()
+def _model_logits(model: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits [T, V] of one window, by the loaded model in its own prefill chunks."""
+    c = model.config
+    cache = KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, len(ids), dtype=model.kv)
+    parts = []
+    for start in range(0, len(ids), model.chunk):
+        chunk = ids[None, start : start + model.chunk]
+        parts.append(model.step(chunk, cache, start, last_only=False)[0])
+    return torch.cat(parts)
+
+
+def _compare(got: Tensor, expected: Tensor, following: Tensor) -> Tensor:
+    """Sums over rows: loss, reference loss, KL(reference || model), equal first choices."""
+    log_p, log_q = F.log_softmax(expected.float(), -1), F.log_softmax(got.float(), -1)
+    picked = following[:, None]
+    return torch.stack(
+        [
+            -log_q.gather(1, picked).double().sum(),
+            -log_p.gather(1, picked).double().sum(),
+            (log_p.exp() * (log_p - log_q)).sum(-1).double().sum(),
+            (got.argmax(-1) == expected.argmax(-1)).double().sum(),
+        ]
+    )
+
+
+@torch.inference_mode()
+def reference_hidden(
+    decoder: Decoder, windows: list[Tensor], progress: Callable[[int], None] | None = None
+) -> list[Tensor]:
+    """The decoder in plain fp32 PyTorch, weights dequantised: ids [T] -> hidden [T, D] of each window."""
+    config = decoder.config
+    table = decoder.embed.weight.unpack().dequantize()
+    hidden = [F.embedding(part, table) for part in windows]
+    del table
+    cos, sin = rope_tables(config, max(len(part) for part in windows))
+    for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Block)
+        run = _reference_block(layer)
+        hidden = [run(x, cos[: len(x)], sin[: len(x)]) for x in hidden]
+        if progress is not None:
+            progress(i + 1)
+    return [F.rms_norm(x, x.shape[-1:], decoder.norm.weight, config.norm_eps) for x in hidden]
+
+
+def _reference_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    c = block.config
+
+    def values(layer: PackedModule) -> Tensor:
+        return layer.weight.unpack().dequantize()
+
+    qkv, o, gate_up, down = (values(layer) for layer in (block.qkv, block.o, block.gate_up, block.down))
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        low, high, rest = x.split([c.rotary // 2, c.rotary // 2, c.head_dim - c.rotary], dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        normed = F.rms_norm(x, x.shape[-1:], block.attn_norm.weight, c.norm_eps)
+        heads = F.linear(normed, qkv, block.qkv.bias).view(len(x), -1, c.head_dim).transpose(0, 1)
+        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads])
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+        x = x + out.transpose(0, 1).reshape(len(x), -1) @ o.T
+        normed = F.rms_norm(x, x.shape[-1:], block.mlp_norm.weight, c.norm_eps)
+        gate, up = (normed @ gate_up.T).chunk(2, dim=-1)
+        return x + (F.silu(gate) * up) @ down.T
+
+    return run

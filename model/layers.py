@@ -1,0 +1,134 @@
+"""The layers that hold weights: a quantised linear, an embedding and an RMSNorm, over the runtime's ops.
+
+Only the packed buffer of a weight is in memory. ``state_dict()`` holds the canonical form (``codes``,
+``scale``, ``zero`` and ``format``), so that a checkpoint moves between machines with other layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compiler.errors import FormatError
+from ..kernels.quant_matmul import CanonicalWeight, PackedWeight, QuantMatmulSpec, WeightFormat, pack
+from ..runtime import ops
+
+
+class PackedModule(nn.Module):
+    """Base of the layers that hold one PackedWeight: its canonical form in and out of the state dict."""
+
+    def __init__(self, weight: PackedWeight, *, target: Any = None, saved: bool = True) -> None:
+        super().__init__()
+        self.weight = weight
+        self.target = target
+        self.saved = saved  # False: another layer owns this weight and saves it
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.saved:
+            return
+        weight = self.weight.unpack()
+        destination[prefix + "codes"] = weight.codes
+        if weight.scale is not None:
+            destination[prefix + "scale"] = weight.scale
+        if weight.zero is not None:
+            destination[prefix + "zero"] = weight.zero
+        text = json.dumps(dataclasses.asdict(weight.format))
+        destination[prefix + "format"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        own = {name: state_dict.get(prefix + name) for name in ("codes", "scale", "zero", "format")}
+        rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in own}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not self.saved:
+            return
+        codes, layout = own["codes"], own["format"]
+        if codes is None or layout is None:
+            missing_keys.append(prefix + "codes")
+            return
+        if codes.shape != (self.weight.n, self.weight.k):
+            error_msgs.append(
+                f"{prefix}codes is {tuple(codes.shape)}, expected {(self.weight.n, self.weight.k)}"
+            )
+            return
+        try:
+            fmt = WeightFormat(**json.loads(bytes(layout.tolist())))
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{prefix}format does not describe a weight format: {error}") from error
+        self.weight = pack(
+            CanonicalWeight(fmt, codes, own["scale"], own["zero"]), self.target, pair=self.weight.pair
+        )
+
+    def extra_repr(self) -> str:
+        return f"n={self.weight.n}, k={self.weight.k}, format={self.weight.format}"
+
+
+class QuantLinear(PackedModule):
+    """``x @ weight.T`` on a packed weight, with bias, residual and the gated SiLU of a pair fused.
+
+    Shapes: x [..., K] -> [..., N], or [..., N / 2] for a pair. ``activation`` is "int8" (quantised on
+    the fly, see the operator's spec) or "float".
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        *,
+        bias: Tensor | None = None,
+        activation: str = "int8",
+        residual: bool = False,
+        target: Any = None,
+        saved: bool = True,
+    ) -> None:
+        super().__init__(weight, target=target, saved=saved)
+        self.residual = residual  # whether forward adds one
+        self.activation = activation
+        self.epilogue = "silu_pair" if weight.pair else "none"
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def spec_key(self) -> str:
+        """The name of this layer's problem in the runtime's report."""
+        activation = "float" if self.weight.format.is_float else self.activation
+        return QuantMatmulSpec(
+            self.weight.n, self.weight.k, self.weight.format, activation, "float32", self.epilogue,
+            self.bias is not None, self.residual,
+        ).key()  # fmt: skip
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.quant_matmul(
+            x,
+            self.weight,
+            bias=self.bias,
+            residual=residual,
+            epilogue=self.epilogue,
+            activation=self.activation,
+        )
+
+
+class Embedding(PackedModule):
+    """Rows of a packed table: ids [...] -> float32 [..., K]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.norm(x, self.weight, eps=self.eps, kind="rms")

@@ -1,0 +1,56 @@
+"""Changes of a weight's format: on request, and to give the parts of one fused weight a common one."""
+
+from __future__ import annotations
+
+import torch
+
+from ..compiler.errors import UnsupportedError
+from ..kernels.quant_matmul import CanonicalWeight, WeightFormat
+
+CHOICES = {"int4": WeightFormat.int4(32, zero="minimum"), "int8": WeightFormat.int8(32)}
+
+
+def requested_format(current: WeightFormat, quantize: str | None, *, table: bool = False) -> WeightFormat:
+    """The format that ``quantize`` asks for; never a wider one than the weight has.
+
+    An embedding table (and the head that shares it) stays at 8 bits or more: it is the weight that
+    suffers most.
+    """
+    if quantize is None:
+        return current
+    if quantize not in CHOICES:
+        raise UnsupportedError(
+            f"quantize={quantize!r} is not supported; use None, {', '.join(map(repr, CHOICES))}"
+        )
+    wanted = CHOICES["int8" if table else quantize]
+    return current if not current.is_float and current.bits <= wanted.bits else wanted
+
+
+def requantise(weight: CanonicalWeight, quantize: str | None, *, table: bool = False) -> CanonicalWeight:
+    """The weight in the requested format, rounded to nearest; untouched where it already fits."""
+    wanted = requested_format(weight.format, quantize, table=table)
+    return weight if wanted == weight.format else CanonicalWeight.from_float(weight.dequantize(), wanted)
+
+
+def joined_format(formats: list[WeightFormat]) -> WeightFormat:
+    """The narrowest format that holds all of ``formats`` exactly."""
+    first = formats[0]
+    if all(fmt == first for fmt in formats):
+        return first
+    plain = all(not fmt.is_float and fmt.zero in ("none", "constant") for fmt in formats)
+    if plain and len({(fmt.group_size, fmt.scale_dtype) for fmt in formats}) == 1:
+        return WeightFormat.int8(first.group_size, scale_dtype=first.scale_dtype)
+    return WeightFormat.float("float32")
+
+
+def common_format(weights: list[CanonicalWeight]) -> list[CanonicalWeight]:
+    """The weights in one format, without loss, so that their rows can be one matrix."""
+    wanted = joined_format([weight.format for weight in weights])
+    return [weight if weight.format == wanted else _widen(weight, wanted) for weight in weights]
+
+
+def _widen(weight: CanonicalWeight, wanted: WeightFormat) -> CanonicalWeight:
+    if wanted.is_float:
+        return CanonicalWeight(wanted, weight.dequantize())
+    codes = (weight.codes.to(torch.int16) - weight.format.zero_point).to(torch.int8)
+    return CanonicalWeight(wanted, codes, weight.scale)

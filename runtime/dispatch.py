@@ -1,0 +1,111 @@
+"""Which form runs: a pure choice with reasons, and a memory of what was bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ..compiler.errors import BuildError, DeclinedError
+from ..compiler.operator import Form, Operator
+from ..compiler.target import Target, detect
+from . import launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What dispatch chose: the form, its configuration, where that came from, and who declined why."""
+
+    operator: str
+    spec: str
+    form: str
+    backend: str
+    configuration: dict[str, Any]
+    record: str
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+def choose(operator: Operator, spec: Any, target: Target, form: str | None = None) -> tuple[Form, Choice]:
+    """Return the first form of `operator` that accepts `spec` on `target`, and the reasons.
+
+    Asking for a `form` by name raises DeclinedError when it declines or does not exist.
+    """
+    declined: list[tuple[str, str]] = []
+    for candidate in operator.forms:
+        if form is not None and candidate.name != form:
+            continue
+        answer = candidate.decide(spec, target)
+        if answer is None:
+            configuration = candidate.space(spec, target)[0]
+            choice = Choice(
+                operator.name, spec.key(), candidate.name, candidate.backend, configuration, "default", tuple(declined)
+            )
+            return candidate, choice
+        declined.append((candidate.name, answer.reason))
+    names = ", ".join(f.name for f in operator.forms)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or f"no such form; forms: {names}"
+    raise DeclinedError(f"{operator.name} {spec.key()} on {target.name}: {reasons}")
+
+
+_target: Target | None = None
+_generation = 0
+_bound: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def current_target() -> Target:
+    """Return the target that ops compile for (this host unless `use_target` said otherwise)."""
+    return _target or detect()
+
+
+def use_target(target: Target | None) -> None:
+    """Set the target of ops that are bound from now on; None is this host."""
+    global _target, _generation  # noqa: PLW0603  one process runs one target
+    if target is not None:
+        target.require_runnable()
+    if target != _target:
+        _generation += 1
+    _target = target
+
+
+def generation() -> int:
+    """Return a number that changes with the target: callers that keep a bound callable compare it."""
+    return _generation
+
+
+def bound(operator: Operator, spec: Any, form: str | None = None) -> Callable[..., Any]:
+    """Return the callable for (operator, spec) on the current target; later calls are one look-up.
+
+    When the chosen form cannot be built, the next one that accepts runs instead and the choice says
+    why; an explicit request raises BuildError.
+    """
+    key = (operator.name, spec, form, _target)
+    found = _bound.get(key)
+    if found is None:
+        found, choice = _bind(operator, spec, form)
+        _bound[key] = found
+        _choices[key] = choice
+    return found
+
+
+def _bind(operator: Operator, spec: Any, form: str | None) -> tuple[Callable[..., Any], Choice]:
+    target = current_target()
+    failed: list[tuple[str, str]] = []
+    remaining = operator
+    while True:
+        chosen, choice = choose(remaining, spec, target, form)
+        try:
+            call = launch.bind(operator, chosen, spec, choice.configuration, target)
+        except BuildError as error:
+            if form is not None or chosen is operator.forms[-1]:
+                raise
+            failed.append((chosen.name, f"not built: {error}"))
+            launch.warn_once(f"{operator.name} runs its slower form: {error}")
+            remaining = dataclasses.replace(remaining, forms=tuple(f for f in remaining.forms if f is not chosen))
+            continue
+        return call, dataclasses.replace(choice, declined=(*failed, *choice.declined))
+
+
+def choices() -> list[Choice]:
+    """Return what was bound in this process, in order."""
+    return list(_choices.values())

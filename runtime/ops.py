@@ -1,0 +1,264 @@
+"""The functions that models call. Each makes a spec, binds a form once, and then is one look-up away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..compiler.errors import UnsupportedError
+from ..kernels.attention import OPERATOR as ATTENTION
+from ..kernels.attention import AttentionSpec
+from ..kernels.embedding import OPERATOR as EMBEDDING
+from ..kernels.embedding.spec import EmbeddingSpec
+from ..kernels.norm import OPERATOR as NORM
+from ..kernels.norm.spec import NormSpec
+from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
+from ..kernels.quant_matmul import PackedWeight, QuantMatmulSpec
+from ..kernels.quant_matmul.packing import layout_for
+from ..kernels.rope import OPERATOR as ROPE
+from ..kernels.rope.spec import RopeSpec
+from ..kernels.sampling import OPERATOR as SAMPLING
+from ..kernels.sampling.spec import SamplingOptions, SamplingSpec
+from . import dispatch
+from .dispatch import bound
+from .kv_cache import LayerKV
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def dtype_name(tensor: torch.Tensor, what: str) -> str:
+    """Return a float tensor's dtype as specs name it. Raises UnsupportedError."""
+    name = _DTYPES.get(tensor.dtype)
+    if name is None:
+        raise UnsupportedError(f"{what} is {tensor.dtype}; use float32, bfloat16 or float16")
+    return name
+
+
+def quant_matmul(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    epilogue: str = "none",
+    activation: str = "int8",
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return epilogue(x @ W.T + bias) + residual.
+
+    x is [..., K] fp32, bf16 or fp16 on the CPU; the result is [..., N] in x's dtype ([..., N/2] for
+    "silu_pair", whose weight is packed as a pair). bias is fp32 [N]; residual has the result's shape and
+    x's dtype. With activation "int8" x is quantised dynamically (see QuantMatmulSpec). The gradient
+    flows to x, bias and residual; the packed weight has none.
+    Raises UnsupportedError for other shapes and dtypes.
+    """
+    k = weight.k
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise UnsupportedError(f"x is {tuple(x.shape)}, but the weight {weight.n} x {k} wants [..., {k}]")
+    if x.device.type != "cpu":
+        raise UnsupportedError(f"quant_matmul has no form for device {x.device}; move x to the CPU")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.n,) or not bias.is_contiguous()):
+        raise UnsupportedError(f"bias is {tuple(bias.shape)} {bias.dtype}, not contiguous float32 [{weight.n}]")
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or (residual is not None and residual.requires_grad)
+    ):
+        from . import autograd
+
+        return autograd.quant_matmul(x, weight, bias, residual, epilogue, activation, form)
+    cache: dict[Any, Any] = weight.__dict__.setdefault("bound_calls", {})
+    key = (x.dtype, epilogue, activation, bias is None, residual is None, form, dispatch.generation())
+    call = cache.get(key)
+    if call is None:
+        call = cache[key] = _bind_matmul(x, weight, bias is not None, residual is not None, epilogue, activation, form)
+    shape = x.shape
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    if not flat.is_contiguous():
+        flat = flat.contiguous()
+    n_out = weight.n // 2 if epilogue == "silu_pair" else weight.n
+    if residual is not None:
+        if residual.dtype != x.dtype or residual.device != x.device or residual.shape != (*shape[:-1], n_out):
+            raise UnsupportedError(
+                f"residual is {tuple(residual.shape)} {residual.dtype}, not {(*shape[:-1], n_out)} {x.dtype}"
+            )
+        residual = residual.reshape(-1, n_out).contiguous()
+    y = call(flat, weight, bias, residual)
+    return y if x.dim() == 2 else y.view(*shape[:-1], n_out)
+
+
+def _bind_matmul(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: bool,
+    residual: bool,
+    epilogue: str,
+    activation: str,
+    form: str | None,
+) -> Any:
+    if weight.format.is_float:
+        activation = "float"
+    if (epilogue == "silu_pair") != weight.pair:
+        raise UnsupportedError(f"epilogue {epilogue!r} does not fit a weight in layout {weight.layout}")
+    target = dispatch.current_target()
+    if weight.layout != layout_for(weight.format, target, weight.pair):
+        raise UnsupportedError(
+            f"the weight's layout {weight.layout} is not the one that {target.name} reads; "
+            "pack(weight.unpack(), target) lays it out again"
+        )
+    spec = QuantMatmulSpec(weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual)
+    return bound(QUANT_MATMUL, spec, form)
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    weight_offset: float = 0.0,
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return RMSNorm ("rms") or LayerNorm ("layer") of the last dimension of x, in x's shape and dtype."""
+    return _norm(x, weight, bias, eps, kind, weight_offset, 0, form)
+
+
+def norm_quantized(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    weight_offset: float = 0.0,
+    form: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the norm quantised: int8 codes [..., D], fp32 scales and int32 code sums [..., groups]."""
+    return _norm(x, weight, bias, eps, kind, weight_offset, group_size, form)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: str, offset: float,
+    group_size: int, form: str | None,
+) -> Any:  # fmt: skip
+    dim = x.shape[-1]
+    if weight.shape != (dim,):
+        raise UnsupportedError(f"a norm over {dim} elements has a weight of shape {tuple(weight.shape)}")
+    spec = NormSpec(
+        kind, dim, eps, dtype_name(x, "x"), dtype_name(weight, "weight"), "", offset, bias is not None, group_size
+    )
+    return bound(NORM, spec, form)(x, weight, bias)
+
+
+def rope(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    out: torch.Tensor | None = None,
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return x [B, H, T, D] rotated by fp32 tables [T, rotary_dim/2] or [B, T, rotary_dim/2]; `out` may be x."""
+    spec = RopeSpec(x.shape[-1], rotary_dim or 0, interleaved, dtype_name(x, "x"))
+    return bound(ROPE, spec, form)(x, cos, sin, out)
+
+
+def embedding(ids: torch.Tensor, weight: PackedWeight, *, form: str | None = None) -> torch.Tensor:
+    """Return rows int64 ids [...] of a packed table as fp32 [..., K]. An id out of range raises."""
+    return bound(EMBEDDING, EmbeddingSpec.of(weight), form)(ids, weight)
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    previous: torch.Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return a token int64 [B] for each row of fp32 logits [B, V]; the same seed and step, the same token.
+
+    Options as in SamplingOptions; `previous` int64 [B, *] are the tokens that the penalty looks at.
+    """
+    options = SamplingOptions(repetition_penalty, temperature, top_k, top_p, min_p)
+    return bound(SAMPLING, SamplingSpec(logits.shape[-1]), form)(logits, options, previous, seed, step)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: str = "none",
+    lengths: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    form: str | None = None,
+) -> Any:
+    """Return attention of q [B, Hq, Tq, D] over k [B, Hkv, Tk, D] and v [B, Hkv, Tk, Dv], in q's dtype.
+
+    Tensors may have any strides with a last one of 1. Masks, window, softcap and sinks as in
+    AttentionSpec; with `return_lse` the result is (out, lse fp32 [B, Hq, Tq]).
+    """
+    spec = AttentionSpec(
+        q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype_name(q, "q"), _kv_name(k), mask, "strided",
+        bool(window), bool(softcap), sinks is not None, return_lse,
+        "float32" if bias is None else dtype_name(bias, "bias"),
+    )  # fmt: skip
+    out, lse = bound(ATTENTION, spec, form)(
+        q, k, v, lengths=lengths, bias=bias, prefix=prefix, window=window, sinks=sinks, softcap=softcap,
+        scale=scale, q_offset=q_offset, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_cached(
+    q: torch.Tensor,
+    cache: LayerKV,
+    position: int,
+    *,
+    mask: str = "causal",
+    lengths: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return attention of q [B, Hq, T, D], whose first query stands at `position`, over a layer's KV cache.
+
+    The cache already holds the keys and values of these T positions.
+    """
+    spec = AttentionSpec(
+        q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype, mask, "blocked",
+        bool(window), bool(softcap), sinks is not None,
+    )  # fmt: skip
+    return bound(ATTENTION, spec, form)(
+        q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
+        lengths=lengths, window=window, softcap=softcap, scale=scale, sinks=sinks,
+    )[0]  # fmt: skip
+
+
+def _kv_name(k: torch.Tensor) -> str:
+    return "int8" if k.dtype == torch.int8 else dtype_name(k, "k")
+
+
+def describe_bound() -> list[dict[str, Any]]:
+    """Return what runs in this process: operator, spec, form, back end, configuration, record, declined."""
+    return [vars(choice) | {"declined": list(choice.declined)} for choice in dispatch.choices()]

@@ -1,0 +1,186 @@
+"""A compiled decoder: named segments (embedding, layers i to j, head) over one arena, one native call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.errors import CapacityError, UnsupportedError
+from ..compiler.target import Target
+from ..kernels.attention.bind import decode_area, decode_chunk
+from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
+from ..kernels.decoder_step.workspace import thread_area
+from ..kernels.quant_matmul import PackedWeight
+from ..kernels.quant_matmul.packing import aligned_empty
+from . import launch
+from .kv_cache import KVCache
+
+MAX_ROWS = 8
+_BARRIER_BYTES = 256
+
+
+class StepProgram:
+    """Runs segments of a decoder whose weights are bound by handle.
+
+    `layers` holds for each layer its handles by slot name (see LAYER_SLOTS; caches are bound at run
+    time). Hidden states are fp32 [batch, tokens, hidden]; at most MAX_ROWS rows (batch x tokens) a call.
+    Not safe for two threads at once. Raises DeclinedError or BuildError when the step cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderStepSpec,
+        target: Target,
+        layers: Sequence[dict[str, Tensor | PackedWeight | None]],
+        embed: PackedWeight,
+        head: PackedWeight,
+        head_norm: Tensor,
+        configuration: dict[str, Any] | None = None,
+    ) -> None:
+        from ..compiler.errors import DeclinedError
+
+        declined = TVM_CPU.decide(spec, target)
+        if declined is not None:
+            raise DeclinedError(f"the whole step: {declined.reason}")
+        self.spec, self.target = spec, target
+        self.configuration = configuration or TVM_CPU.space(spec, target)[0]
+        library = launch.load_or_build("decoder_step", TVM_CPU, spec, self.configuration, target)
+        self._step_1, self._step_n = library.function("step_1"), library.function("step_n")
+        self._rows = int(self.configuration["small_rows"])
+        self.layers = len(layers)
+        self.head_norm = head_norm.float().contiguous()
+        self.embed, self.head = embed, head
+        self._handles = [dict(layer) for layer in layers]
+        self._table = torch.zeros(self.layers, len(LAYER_SLOTS), dtype=torch.int64)
+        for row, handles in enumerate(self._handles):
+            for name, value in handles.items():
+                self.bind_handle(row, name, value)
+        self._cache: KVCache | None = None
+        self._threads = 0
+        self._keys = 0
+
+    def bind_handle(self, layer: int, name: str, value: Tensor | PackedWeight | None) -> None:
+        """Bind a weight of one layer: a packed weight, or an fp32 vector. The code does not change."""
+        if name not in LAYER_SLOTS:
+            raise UnsupportedError(f"a layer has no handle {name!r}; handles: {', '.join(LAYER_SLOTS)}")
+        if isinstance(value, PackedWeight):
+            problem = self.spec.matmul(name)
+            if (value.n, value.k, value.format) != (problem.n, problem.k, problem.weight):
+                raise UnsupportedError(f"{name} of layer {layer} is {value!r}, the program wants {problem.key()}")
+            address = value.buffer.data_ptr()
+        elif value is None:
+            address = 0
+        else:
+            value = value.float().contiguous()
+            address = value.data_ptr()
+        self._handles[layer][name] = value
+        self._table[layer, LAYER_SLOTS.index(name)] = address
+
+    def bind_cache(self, cache: KVCache) -> None:
+        """Bind the KV cache of the next calls."""
+        for i in range(self.layers):
+            kv = cache.layer(i)
+            for name in ("k", "v", "k_scale", "v_scale"):
+                tensor = getattr(kv, name)
+                self._table[i, LAYER_SLOTS.index(name)] = 0 if tensor is None else tensor.data_ptr()
+        self._cache = cache
+
+    def run(
+        self,
+        cache: KVCache,
+        position: int,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+        lengths: Tensor | None = None,
+        first: int = 0,
+        count: int | None = None,
+        head: bool = True,
+    ) -> Tensor:
+        """Run [embedding], layers first .. first + count, [head] for tokens at `position`.
+
+        Either ids int64 [B, T] or hidden fp32 [B, T, hidden]. cos and sin are fp32 [T, rotary/2] or
+        [B, T, rotary/2]; lengths int32 [B] are the valid slots of left-padded rows. Returns logits
+        [B, T, vocab], or the hidden states when `head` is False. Keys and values go into the cache.
+        """
+        source = ids if ids is not None else hidden
+        assert source is not None
+        batch, tq = source.shape[:2]
+        m, spec = batch * tq, self.spec
+        count = self.layers - first if count is None else count
+        if m > MAX_ROWS:
+            raise CapacityError(f"a step takes up to {MAX_ROWS} rows, not {m}")
+        if position + tq > cache.capacity:
+            raise CapacityError(f"{position + tq} tokens do not fit a KV cache of {cache.capacity}")
+        if cache is not self._cache:
+            self.bind_cache(cache)
+        threads, tk = torch.get_num_threads(), position + tq
+        if threads != self._threads or tk > self._keys:
+            self._allocate(threads, cache.capacity)
+        kv = cache.layer(min(first, self.layers - 1))
+        if hidden is not None:
+            self._x[: m * spec.hidden] = hidden.reshape(-1)
+        logits = torch.empty(batch, tq, spec.vocab) if head else None
+        if lengths is None:
+            self._lengths.fill_(tk)
+            lengths = self._lengths
+        chunk = decode_chunk(tk, int(self.configuration["chunk"]))
+        ks = kv.k_scale.stride()[:2] if kv.k_scale is not None else (0, 0)
+        (self._step_1 if m == 1 else self._step_n)(
+            threads, batch, tq, position,
+            count, self._table.data_ptr() + first * len(LAYER_SLOTS) * 8,
+            0 if ids is None else ids.contiguous().data_ptr(),
+            0 if ids is None else self.embed.buffer.data_ptr(),
+            self.head.buffer.data_ptr() if head else 0,
+            self.head_norm.data_ptr(),
+            *self._addresses,
+            0 if logits is None else logits.data_ptr(),
+            self._work, self._attention, self._barrier,
+            cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0, lengths.data_ptr(),
+            *kv.k.stride()[:2], *kv.v.stride()[:2], *ks,
+            chunk,
+        )  # fmt: skip
+        if first + count == self.layers:
+            cache.length = tk
+        if logits is not None:
+            return logits
+        return self._x[: m * spec.hidden].clone().view(batch, tq, spec.hidden)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the arena."""
+        return self._arena.numel() if self._threads else 0
+
+    def _allocate(self, threads: int, keys: int) -> None:
+        """Lay the arena out for a number of threads and a context length."""
+        spec, attention = self.spec, self.spec.attention()
+        area = thread_area(spec, self._rows)
+        padded = -(-MAX_ROWS // self._rows) * self._rows
+        chunk = int(self.configuration["chunk"])
+        chunks = max(-(-n // decode_chunk(n, chunk)) for n in {min(keys, 512), min(keys, 2048), keys})
+        rows = MAX_ROWS * spec.num_heads
+        sizes = [
+            4 * MAX_ROWS * spec.hidden,
+            4 * MAX_ROWS * spec.qkv_columns,
+            4 * MAX_ROWS * spec.attention_columns,
+            4 * MAX_ROWS * spec.intermediate,
+            threads * (padded * area.row_bytes + area.fixed_bytes),
+            threads * decode_area(attention, chunk) + 4 * rows * (chunks + 1) * (spec.head_dim + 2) + 192,
+            _BARRIER_BYTES,
+            4 * MAX_ROWS,
+        ]
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + -(-size // 64) * 64)
+        self._arena = aligned_empty(offsets[-1]).zero_()
+        base = self._arena.data_ptr()
+        self._addresses = [base + o for o in offsets[:4]]
+        self._work, self._attention, self._barrier = (base + o for o in offsets[4:7])
+        self._x = self._arena[: sizes[0]].view(torch.float32)
+        self._lengths = self._arena[offsets[7] : offsets[7] + sizes[7]].view(torch.int32)
+        self._threads, self._keys = threads, keys

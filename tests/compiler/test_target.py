@@ -1,0 +1,130 @@
+"""Target: names, detection within the process's limits, and the shipped data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from edgeformer.compiler import target as target_module
+from edgeformer.compiler.errors import TargetError
+from edgeformer.compiler.target import ISA_FEATURES, Target, available_cores, available_memory, detect, known_targets
+
+IMPOSSIBLE = dataclasses.replace(detect(), name="imaginary", features=detect().features | {"teleport"})
+
+
+def test_parse_returns_names_targets_and_the_host() -> None:
+    znver5 = Target.parse("znver5")
+    assert znver5.isa == "avx512_vnni" and Target.parse(znver5) is znver5
+    assert Target.parse("auto") is detect() and Target.parse("host") is detect()
+    assert Target.parse("x86-64-v3").isa == "avx2" and Target.parse("x86-64-v2").isa == "portable"
+
+
+@pytest.mark.parametrize(("wrong", "close"), [("znver55", "znver5"), ("haswel", "haswell"), ("aut", "auto")])
+def test_an_unknown_name_is_refused_with_close_ones(wrong: str, close: str) -> None:
+    with pytest.raises(TargetError, match=f"{wrong}.*Did you mean.*{close}.*edgeformer targets"):
+        Target.parse(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "???", "../znver5", "x" * 10_000])
+def test_an_unknown_name_without_a_close_one(wrong: str) -> None:
+    with pytest.raises(TargetError, match="Unknown target"):
+        Target.parse(wrong)
+
+
+def test_a_target_is_frozen_and_hashable() -> None:
+    target = detect()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        target.isa = "avx2"  # pyright: ignore[reportAttributeAccessIssue]
+    assert hash(target) == hash(dataclasses.replace(target))
+
+
+def test_with_isa_changes_the_key_and_not_the_original() -> None:
+    target = Target.parse("znver5")
+    portable = target.with_isa("portable")
+    assert target.isa == "avx512_vnni" and portable.isa == "portable"
+    assert portable.key() != target.key() and portable != target
+
+
+def test_what_this_host_cannot_run_is_refused_with_what_is_missing() -> None:
+    detect().require_runnable()
+    with pytest.raises(TargetError, match="imaginary needs teleport.*lacks.*auto"):
+        IMPOSSIBLE.require_runnable()
+    other = "aarch64" if detect().arch == "x86_64" else "x86_64"
+    with pytest.raises(TargetError, match=f"architecture {other}"):
+        dataclasses.replace(detect(), arch=other).require_runnable()
+
+
+def test_detected_target_is_complete() -> None:
+    host = detect()
+    assert host.features and host.mcpu and host.cores >= 1
+    assert host.isa in {name for name, _ in ISA_FEATURES}
+    assert host.l1d >= 4 << 10 and host.l2 >= host.l1d
+
+
+def test_cores_respect_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(target_module, "_cgroup_numbers", lambda name: [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
+    for usable, cores in ((1, 1), (2, 1), (3, 2), (16, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=usable: set(range(n)), raising=False)
+        assert available_cores() == cores
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)  # containers may hide the topology
+    assert available_cores() == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("900000 100000", 8), ("nonsense", 8), ("", 8)],
+)
+def test_cores_respect_the_cgroup(text: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert available_cores() == cores
+
+
+def test_memory_respects_the_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = available_memory()
+    limits = {"memory.max": [1000], "memory.current": [400]}
+    monkeypatch.setattr(target_module, "_cgroup_numbers", limits.get)
+    assert available_memory() == 600
+    monkeypatch.setattr(target_module, "_cgroup_numbers", {"memory.max": [], "memory.current": [400]}.get)
+    assert available_memory() > 1000 and free > 1000
+    monkeypatch.setattr(target_module, "_cgroup_numbers", {"memory.max": [10], "memory.current": [400]}.get)
+    assert available_memory() == 0
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_shipped_data(name: str) -> None:
+    target = Target.parse(name)
+    assert target.name == name and target.arch in ("x86_64", "aarch64")
+    assert 8 << 10 <= target.l1d <= 1 << 20 and target.l1d < target.l2 <= 64 << 20 and target.l3 >= 0
+    assert target.backends[0] == "tvm_llvm" and target.backends[-1] == "torch"
+    assert dict(ISA_FEATURES)[target.isa] <= target.features
+
+
+def _llvm_cpus(arch: str) -> set[str]:
+    import tvm
+    from tvm.target import codegen
+
+    return {str(n) for n in codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": f"{arch}-linux-gnu"}))}
+
+
+def test_llvm_knows_every_cpu_that_can_be_detected_or_named() -> None:
+    """An unknown name makes LLVM generate code for a generic CPU, without the ISA entry's instructions."""
+    import archspec.cpu
+
+    known = {arch: _llvm_cpus(arch) for arch in ("x86_64", "aarch64")}
+    for name, micro in archspec.cpu.TARGETS.items():
+        if (arch := str(micro.family)) in known:
+            assert target_module._llvm_name(name) in known[arch], f"archspec's {name}"
+    for name in known_targets():
+        assert Target.parse(name).mcpu in known[Target.parse(name).arch], name
