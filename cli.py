@@ -84,6 +84,7 @@ Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Def
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens to hold.")]
 KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
+OpByOp = Annotated[bool, typer.Option("--op-by-op", help="Call every kernel from PyTorch.")]
 ActivationType = Annotated[Activation, typer.Option(help="int8 is fast; float keeps activations.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer at most.")]
 OutputText = Annotated[Text, typer.Option("--output", "-o", help="Form of the answer.")]
@@ -135,6 +136,7 @@ def run(
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
     activation: ActivationType = Activation.int8,
+    op_by_op: OpByOp = False,
 ) -> None:
     """Answer a prompt, or chat when there is none."""
     if dry_run:
@@ -142,7 +144,7 @@ def run(
         return
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
-    loaded = load_model(model, target, context, kv, threads, quantize, activation)
+    loaded = load_model(model, target, context, kv, threads, quantize, activation, op_by_op)
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repeat_penalty, "seed": seed,
@@ -158,7 +160,7 @@ def run(
 
 def load_model(
     path: Path, target: str, context: int | None, kv: Kv, threads: int | None, quantize: Quantize | None,
-    activation: Activation,
+    activation: Activation, op_by_op: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Load a model with a progress bar on stderr."""
     from rich.progress import Progress
@@ -171,6 +173,7 @@ def load_model(
         return load(
             path, target, context, kv.value, threads, quantize.value if quantize else None, activation.value,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            whole_step=not op_by_op,
         )  # fmt: skip
 
 
@@ -239,6 +242,7 @@ def bench_model(
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
     activation: ActivationType = Activation.int8,
+    op_by_op: OpByOp = False,
 ) -> None:
     """Measure prefill (pp) and decode (tg) as llama-bench does, beside the limits of this machine."""
     from .bench.model import Options, bench, require_plausible
@@ -249,6 +253,7 @@ def bench_model(
         batch=numbers(batch, "-b", least=1), threads=numbers(threads, "-t", least=1), repeats=repeats,
         target=target, kv=kv.value, activation=activation.value,
         quantize=quantize.value if quantize else None,
+        whole_step=not op_by_op,
         peers=tuple(name.strip() for name in peers.split(",") if name.strip()),
     )  # fmt: skip
     rows = bench(model, settings, progress=lambda text: typer.echo(text, err=True))

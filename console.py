@@ -83,7 +83,12 @@ def print_speed(model: LanguageModel) -> None:
 
 def print_report(model: LanguageModel) -> None:
     """Say for every layer what ran it, with which configuration, and who declined why."""
-    stderr().print(report_table(model.report()))
+    console = stderr()
+    console.print(report_table(model.report()))
+    declined = model.whole_step_declined
+    console.print(
+        f"decode runs op by op: {declined}" if declined else "decode runs in one native call a step"
+    )
 
 
 def report_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -65,6 +65,7 @@ class Options:
     kv: str = "bf16"
     activation: str = "int8"
     quantize: str | None = None
+    whole_step: bool = True
     peers: tuple[str, ...] = ()
 
     def tests(self) -> list[Test]:
@@ -96,15 +97,14 @@ class EdgeFormerEngine:
             threads=threads,
             quantize=options.quantize,
             activation=options.activation,
+            whole_step=options.whole_step,
         )
 
     def prepare(self, test: Test) -> dict[str, Any]:
         self.run(test)
-        return {
-            "kv": self._options.kv,
-            "activation": self._options.activation,
-            "quantize": self._options.quantize,
-        }
+        o = self._options
+        settled = {"kv": o.kv, "activation": o.activation, "quantize": o.quantize}
+        return settled | {"whole_step": o.whole_step and not self.model.whole_step_declined}
 
     def run(self, test: Test) -> float:
         import torch

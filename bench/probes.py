@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
 
 PROBE_BYTES = 256 << 20
 REPEATS = 5
@@ -48,10 +46,11 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
     """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops."""
     import torch
 
+    from ..compiler.errors import BuildError
+    from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
     set_threads(threads)
-    native = _native_probes()
     source = torch.ones(probe_bytes // 4, dtype=torch.float32)
     copy = torch.empty_like(source)
     probes = {
@@ -59,11 +58,11 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
         "copy_twice": 2 * source.nbytes / _shortest(functools.partial(copy.copy_, source), repeats),
     }
     del source, copy
-    if native is not None:
+    try:
         for name in ("read_bandwidth", "int8_dot_peak", "float_dot_peak"):
-            probe = getattr(native, name, None)
-            if probe is not None:
-                probes[name] = float(probe(threads))
+            probes[name] = getattr(native, name)(threads)
+    except BuildError as error:
+        warnings.warn(f"limits are torch's only, the compiled probes were not built: {error}", stacklevel=2)
     readers = ("torch_sum", "copy_twice", "read_bandwidth")
     return Limits(
         threads=threads,
@@ -72,14 +71,6 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
         float_peak=probes.get("float_dot_peak"),
         probes=probes,
     )
-
-
-def _native_probes() -> ModuleType | None:
-    """Return the compiled probes, None where the runtime has none."""
-    package = (__package__ or "").rpartition(".")[0]
-    if importlib.util.find_spec(f"{package}.runtime.probes") is None:
-        return None
-    return importlib.import_module(f"{package}.runtime.probes")
 
 
 def _shortest(call: Callable[[], object], repeats: int) -> float:

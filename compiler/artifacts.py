@@ -113,7 +113,10 @@ class ArtifactStore:
         found = []
         for folder, fields in self.entries():
             key = ArtifactKey(**fields) if fields else None
-            problem = self._problem(folder, key) if key else "its manifest is damaged"
+            if key is None or self._folder(key) != folder:
+                problem = "its manifest is damaged"
+            else:
+                problem = self._problem(folder, key)
             if problem:
                 found.append((folder, problem))
         return found
@@ -133,7 +136,9 @@ class ArtifactStore:
     def _prepare_root(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = self.root.stat()
-        if hasattr(os, "getuid") and (info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        if hasattr(os, "getuid") and (
+            info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ):
             raise PermissionError(f"{self.root} can be written by others")
 
     def _write_manifest(self, folder: Path, key: ArtifactKey) -> None:
@@ -190,7 +195,8 @@ class ArtifactStore:
             build(folder)
         except OSError as second:
             raise BuildError(
-                f"kernels can be written neither to {self.root} ({error}) nor to {tempfile.gettempdir()} ({second}); "
+                f"kernels can be written neither to {self.root} ({error}) "
+                f"nor to {tempfile.gettempdir()} ({second}); "
                 "free some disk space, or set EDGEFORMER_CACHE_DIR to a folder that can be written"
             ) from second
         return folder, False

@@ -1,4 +1,4 @@
-"""The words that kernels are written in: an Operator has Forms; a Form declines with a reason or is built and bound."""
+"""The words that kernels are written in: an Operator has Forms; a Form declines, or is built and bound."""
 
 from __future__ import annotations
 

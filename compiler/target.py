@@ -123,7 +123,7 @@ def _known() -> dict[str, Target]:
     import yaml
 
     found: dict[str, Target] = {}
-    folder = resources.files(__package__) / "targets"
+    folder = resources.files(__package__ or "") / "targets"
     for entry in folder.iterdir():
         if entry.name.endswith(".yaml"):
             data: dict[str, Any] = yaml.safe_load(entry.read_text())
@@ -195,7 +195,7 @@ def available_memory() -> int:
     free = psutil.virtual_memory().available
     limit, used = _cgroup_numbers("memory.max"), _cgroup_numbers("memory.current")
     if limit and used:
-        free = min(free, max(0, limit[0] - used[0]))
+        free = min(free, max(0, limit[0] - used[0] + _reclaimable()))
     return free
 
 
@@ -205,6 +205,15 @@ def _cgroup_numbers(name: str) -> list[int]:
         return [int(word) for word in text]
     except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
         return []
+
+
+def _reclaimable() -> int:
+    """Return the bytes of page cache that count as used by the cgroup but are given back when asked for."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _cache_sizes() -> dict[tuple[int, str], int]:

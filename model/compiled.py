@@ -72,12 +72,22 @@ class CompiledDecoder:
                 }
             )
         self.program = StepProgram(
-            step_spec(decoder, kv), target, layers, decoder.embed.weight, decoder.head.weight, decoder.norm.weight
+            step_spec(decoder, kv),
+            target,
+            layers,
+            decoder.embed.weight,
+            decoder.head.weight,
+            decoder.norm.weight,
         )
 
     @torch.inference_mode()
     def __call__(
-        self, ids: Tensor, cache: KVCache, position: int, lengths: Tensor | None = None, last_only: bool = True
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        position: int,
+        lengths: Tensor | None = None,
+        last_only: bool = True,
     ) -> Tensor:
         """Logits fp32 [B, 1 or T, vocab]; short chunks run the program, long ones the eager decoder."""
         batch, tokens = ids.shape[:2]
@@ -132,13 +142,13 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
                 got = program.run(ours, start, cos, sin, hidden=x, first=i, count=1, head=False)
                 error = float((got - wanted).norm() / (wanted - x).norm().clamp_min(1e-6))
                 if not error < _TOLERANCE:
-                    return f"layer {i} of the compiled step differs from the eager one by {error:.2%} at position {start}"
+                    return f"layer {i} of the compiled step differs by {error:.2%} at position {start}"
                 x = wanted
             logits = decoder.head(decoder.norm(x))
             got = program.run(ours, start, cos, sin, hidden=x, first=c.num_layers, count=0)
             error = float((got - logits).norm() / logits.norm())
             if not error < _TOLERANCE:
-                return f"the head of the compiled step differs from the eager one by {error:.2%}"
+                return f"the head of the compiled step differs by {error:.2%}"
             eager.length = ours.length = start = end
         embedded = program.run(ours, 0, *decoder.rope_rows(0, 1, None), ids=ids[:, :1], count=0, head=False)
         if not torch.allclose(embedded, decoder.embed(ids[:, :1]), rtol=1e-5, atol=1e-6):

@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
     def rope_rows(self, start: int, end: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [T, R/2], or [B, T, R/2] where each row's first token stands at position 0."""
+        """Return cosines and sines [T, R/2], or [B, T, R/2] where each row's first token is at position 0."""
         if lengths is None:
             return self.rope_cos[start:end], self.rope_sin[start:end]
         places = torch.arange(start, end) - (end - lengths.long())[:, None]

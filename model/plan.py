@@ -101,14 +101,14 @@ def packed_bytes(fmt: WeightFormat, row_blocks: list[int], k: int) -> int:
 
 
 def workspace_bytes(config: DecoderConfig, batch: int, chunk: int, context: int) -> int:
-    """Scratch while a chunk passes through: what one layer holds at its widest, rope tables and logits."""
-    hidden, mlp, qkv = config.hidden_size, config.intermediate_size, config.qkv_size
-    heads = config.num_heads * config.head_dim
-    attention = 2 * hidden + 2 * qkv + 2 * heads  # residual and norm, fused and rotated, output and its view
-    gated = 3 * hidden + mlp + (hidden + mlp) // 4  # residual, norm, output; gated product; int8 activations
-    rows = batch * chunk * max(attention, gated) * FLOAT
-    tables = context * config.rotary * FLOAT
-    return rows + tables + batch * config.vocab_size * FLOAT
+    """Scratch while a chunk passes through: every intermediate of a layer (freed ones stay with the
+    allocator), rope tables and one row of logits."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    heads, rotated = config.num_heads, config.num_heads + config.num_kv_heads
+    attention = config.qkv_size + (rotated + 2 * heads) * config.head_dim  # fused, rotated, output, its copy
+    codes = (mlp + mlp // 8) // FLOAT  # int8 activations and their scales
+    rows = batch * chunk * (5 * hidden + attention + mlp + codes) * FLOAT
+    return rows + context * config.rotary * FLOAT + batch * config.vocab_size * FLOAT
 
 
 def require_memory(plan: MemoryPlan, available: int | None = None) -> None:

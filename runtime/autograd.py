@@ -22,11 +22,15 @@ def quant_matmul(
     activation: str,
     form: str | None,
 ) -> torch.Tensor:
-    """`ops.quant_matmul` under autograd: gradients for x, bias and residual (straight through the rounding)."""
+    """`ops.quant_matmul` under autograd: gradients for x, bias and residual, straight through rounding."""
     if epilogue != "none":
-        raise UnsupportedError("the gated epilogue has no gradient; call the product without it and gate in PyTorch")
+        raise UnsupportedError(
+            "the gated epilogue has no gradient; call the product without it and gate in PyTorch"
+        )
     if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], weight.n)):
-        raise UnsupportedError(f"residual is {tuple(residual.shape)} {residual.dtype}, not {(*x.shape[:-1], weight.n)} {x.dtype}")
+        raise UnsupportedError(
+            f"residual is {tuple(residual.shape)} {residual.dtype}, not {(*x.shape[:-1], weight.n)} {x.dtype}"
+        )
     y: torch.Tensor = _QuantMatmul.apply(x, weight, bias, activation, form)  # pyright: ignore
     return y if residual is None else y + residual
 
@@ -34,11 +38,22 @@ def quant_matmul(
 class _QuantMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation: str, form: str | None
+        ctx: Any,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        activation: str,
+        form: str | None,
     ) -> torch.Tensor:
         ctx.weight, ctx.has_bias = weight, bias is not None
         with torch.no_grad():
-            return ops.quant_matmul(x.detach(), weight, bias=None if bias is None else bias.detach(), activation=activation, form=form)
+            return ops.quant_matmul(
+                x.detach(),
+                weight,
+                bias=None if bias is None else bias.detach(),
+                activation=activation,
+                form=form,
+            )
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore

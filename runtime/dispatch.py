@@ -38,7 +38,13 @@ def choose(operator: Operator, spec: Any, target: Target, form: str | None = Non
         if answer is None:
             configuration = candidate.space(spec, target)[0]
             choice = Choice(
-                operator.name, spec.key(), candidate.name, candidate.backend, configuration, "default", tuple(declined)
+                operator.name,
+                spec.key(),
+                candidate.name,
+                candidate.backend,
+                configuration,
+                "default",
+                tuple(declined),
             )
             return candidate, choice
         declined.append((candidate.name, answer.reason))
@@ -60,7 +66,7 @@ def current_target() -> Target:
 
 def use_target(target: Target | None) -> None:
     """Set the target of ops that are bound from now on; None is this host."""
-    global _target, _generation  # noqa: PLW0603  one process runs one target
+    global _target, _generation
     if target is not None:
         target.require_runnable()
     if target != _target:
@@ -101,7 +107,9 @@ def _bind(operator: Operator, spec: Any, form: str | None) -> tuple[Callable[...
                 raise
             failed.append((chosen.name, f"not built: {error}"))
             launch.warn_once(f"{operator.name} runs its slower form: {error}")
-            remaining = dataclasses.replace(remaining, forms=tuple(f for f in remaining.forms if f is not chosen))
+            remaining = dataclasses.replace(
+                remaining, forms=tuple(f for f in remaining.forms if f is not chosen)
+            )
             continue
         return call, dataclasses.replace(choice, declined=(*failed, *choice.declined))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,8 @@ class LayerKV:
                 "shorten the prompt or make the cache larger (context=...)"
             )
         if position > self.cache.length or position < 0:
-            raise CapacityError(f"position {position} leaves a gap: the cache holds {self.cache.length} tokens")
+            held = self.cache.length
+            raise CapacityError(f"position {position} leaves a gap: the cache holds {held} tokens")
         b, h, _, d, _ = self.k.shape
         if k.shape != (b, h, tokens, d) or v.shape != (b, h, tokens, self.v.shape[3]):
             raise UnsupportedError(
@@ -109,13 +111,13 @@ class KVCache:
         free = available_memory()
         if needed > free:
             raise CapacityError(
-                f"a KV cache of {capacity} tokens ({dtype}) needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB "
-                "are free; use a smaller context or kv='int8'"
+                f"a KV cache of {capacity} tokens ({dtype}) needs {needed / 1e6:.0f} MB "
+                f"and {free / 1e6:.0f} MB are free; use a smaller context or kv='int8'"
             )
         self.dtype = dtype
         self.capacity = capacity
         self.length = 0
-        self.bound_calls: dict[object, object] = {}
+        self.bound_calls: dict[object, Callable[..., None]] = {}
         slots = _slots(capacity)
         kind = _DTYPES[dtype]
         self._layers = []
@@ -161,8 +163,8 @@ class KVCache:
         copy.bound_calls = self.bound_calls
         copy._layers = []
         for layer in self._layers:
-            tensors = [None if t is None else t.clone() for t in (layer.k, layer.v, layer.k_scale, layer.v_scale)]
-            copy._layers.append(LayerKV(copy, *tensors))  # type: ignore[arg-type]
+            scales = [None if t is None else t.clone() for t in (layer.k_scale, layer.v_scale)]
+            copy._layers.append(LayerKV(copy, layer.k.clone(), layer.v.clone(), *scales))
         return copy
 
     def trim(self, length: int) -> None:

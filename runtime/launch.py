@@ -32,8 +32,10 @@ _building = threading.Lock()  # TVM's builder is not made for two Python threads
 statistics = {"built": 0, "loaded": 0}
 
 
-def bind(operator: Operator, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target) -> Callable[..., Any]:
-    """Return the callable for (form, spec, configuration); builds and stores the artifact when it is missing."""
+def bind(
+    operator: Operator, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
+) -> Callable[..., Any]:
+    """Return the callable for (form, spec, configuration); build and store the artifact if it is missing."""
     library = None
     if form.lower is not None:
         library = load_or_build(operator.name, form, spec, configuration, target)
@@ -60,7 +62,9 @@ def load_or_build(name: str, form: Form, spec: Any, configuration: Mapping[str, 
     return _libraries[digest]
 
 
-def _load_or_build(key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target) -> Any:
+def _load_or_build(
+    key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
+) -> Any:
     folder = store().get(key)
     if folder is None:
         assert form.lower is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..compiler.errors import UnsupportedError
+from ..compiler.operator import Operator
 from ..kernels.attention import OPERATOR as ATTENTION
 from ..kernels.attention import AttentionSpec
 from ..kernels.embedding import OPERATOR as EMBEDDING
@@ -25,6 +27,18 @@ from .dispatch import bound
 from .kv_cache import LayerKV
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+_calls: dict[tuple[Any, ...], Any] = {}
+
+
+def _call(key: tuple[Any, ...], operator: Operator, spec: Callable[[], Any], form: str | None) -> Any:
+    """Return the bound callable for `key`; the spec (some microseconds of checks) is made once."""
+    key = (*key, dispatch.generation())
+    call = _calls.get(key)
+    if call is None:
+        call = _calls[key] = bound(operator, spec(), form)
+    return call
 
 
 def dtype_name(tensor: torch.Tensor, what: str) -> str:
@@ -58,10 +72,16 @@ def quant_matmul(
         raise UnsupportedError(f"x is {tuple(x.shape)}, but the weight {weight.n} x {k} wants [..., {k}]")
     if x.device.type != "cpu":
         raise UnsupportedError(f"quant_matmul has no form for device {x.device}; move x to the CPU")
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.n,) or not bias.is_contiguous()):
-        raise UnsupportedError(f"bias is {tuple(bias.shape)} {bias.dtype}, not contiguous float32 [{weight.n}]")
+    if bias is not None and (
+        bias.dtype != torch.float32 or bias.shape != (weight.n,) or not bias.is_contiguous()
+    ):
+        raise UnsupportedError(
+            f"bias is {tuple(bias.shape)} {bias.dtype}, not contiguous float32 [{weight.n}]"
+        )
     if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad) or (residual is not None and residual.requires_grad)
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
         from . import autograd
 
@@ -70,7 +90,9 @@ def quant_matmul(
     key = (x.dtype, epilogue, activation, bias is None, residual is None, form, dispatch.generation())
     call = cache.get(key)
     if call is None:
-        call = cache[key] = _bind_matmul(x, weight, bias is not None, residual is not None, epilogue, activation, form)
+        call = cache[key] = _bind_matmul(
+            x, weight, bias is not None, residual is not None, epilogue, activation, form
+        )
     shape = x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     if not flat.is_contiguous():
@@ -105,7 +127,9 @@ def _bind_matmul(
             f"the weight's layout {weight.layout} is not the one that {target.name} reads; "
             "pack(weight.unpack(), target) lays it out again"
         )
-    spec = QuantMatmulSpec(weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual)
+    spec = QuantMatmulSpec(
+        weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual
+    )
     return bound(QUANT_MATMUL, spec, form)
 
 
@@ -145,10 +169,13 @@ def _norm(
     dim = x.shape[-1]
     if weight.shape != (dim,):
         raise UnsupportedError(f"a norm over {dim} elements has a weight of shape {tuple(weight.shape)}")
-    spec = NormSpec(
-        kind, dim, eps, dtype_name(x, "x"), dtype_name(weight, "weight"), "", offset, bias is not None, group_size
-    )
-    return bound(NORM, spec, form)(x, weight, bias)
+
+    def spec() -> NormSpec:
+        types = (dtype_name(x, "x"), dtype_name(weight, "weight"))
+        return NormSpec(kind, dim, eps, *types, "", offset, bias is not None, group_size)
+
+    key = ("norm", kind, dim, eps, x.dtype, weight.dtype, offset, bias is None, group_size, form)
+    return _call(key, NORM, spec, form)(x, weight, bias)
 
 
 def rope(
@@ -161,14 +188,17 @@ def rope(
     out: torch.Tensor | None = None,
     form: str | None = None,
 ) -> torch.Tensor:
-    """Return x [B, H, T, D] rotated by fp32 tables [T, rotary_dim/2] or [B, T, rotary_dim/2]; `out` may be x."""
-    spec = RopeSpec(x.shape[-1], rotary_dim or 0, interleaved, dtype_name(x, "x"))
-    return bound(ROPE, spec, form)(x, cos, sin, out)
+    """Return x [B, H, T, D] rotated by fp32 tables [T or B, T, rotary_dim/2]; `out` may be x."""
+    dim = x.shape[-1]
+    key = ("rope", dim, rotary_dim, interleaved, x.dtype, form)
+    spec = lambda: RopeSpec(dim, rotary_dim or 0, interleaved, dtype_name(x, "x"))  # noqa: E731
+    return _call(key, ROPE, spec, form)(x, cos, sin, out)
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight, *, form: str | None = None) -> torch.Tensor:
     """Return rows int64 ids [...] of a packed table as fp32 [..., K]. An id out of range raises."""
-    return bound(EMBEDDING, EmbeddingSpec.of(weight), form)(ids, weight)
+    key = ("embedding", weight.n, weight.k, weight.format, weight.layout, form)
+    return _call(key, EMBEDDING, lambda: EmbeddingSpec.of(weight), form)(ids, weight)
 
 
 def sample(
@@ -189,7 +219,9 @@ def sample(
     Options as in SamplingOptions; `previous` int64 [B, *] are the tokens that the penalty looks at.
     """
     options = SamplingOptions(repetition_penalty, temperature, top_k, top_p, min_p)
-    return bound(SAMPLING, SamplingSpec(logits.shape[-1]), form)(logits, options, previous, seed, step)
+    vocab = logits.shape[-1]
+    call = _call(("sampling", vocab, form), SAMPLING, lambda: SamplingSpec(vocab), form)
+    return call(logits, options, previous, seed, step)
 
 
 def attention(
@@ -216,12 +248,15 @@ def attention(
     Tensors may have any strides with a last one of 1. Masks, window, softcap and sinks as in
     AttentionSpec; with `return_lse` the result is (out, lse fp32 [B, Hq, Tq]).
     """
-    spec = AttentionSpec(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype_name(q, "q"), _kv_name(k), mask, "strided",
-        bool(window), bool(softcap), sinks is not None, return_lse,
-        "float32" if bias is None else dtype_name(bias, "bias"),
-    )  # fmt: skip
-    out, lse = bound(ATTENTION, spec, form)(
+    shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    flags = (bool(window), bool(softcap), sinks is not None, return_lse)
+
+    def spec() -> AttentionSpec:
+        bias_name = "float32" if bias is None else dtype_name(bias, "bias")
+        return AttentionSpec(*shape, dtype_name(q, "q"), _kv_name(k), mask, "strided", *flags, bias_name)
+
+    key = ("attention", *shape, q.dtype, k.dtype, mask, *flags, None if bias is None else bias.dtype, form)
+    out, lse = _call(key, ATTENTION, spec, form)(
         q, k, v, lengths=lengths, bias=bias, prefix=prefix, window=window, sinks=sinks, softcap=softcap,
         scale=scale, q_offset=q_offset, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
@@ -245,11 +280,11 @@ def attention_cached(
 
     The cache already holds the keys and values of these T positions.
     """
-    spec = AttentionSpec(
-        q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype, mask, "blocked",
-        bool(window), bool(softcap), sinks is not None,
-    )  # fmt: skip
-    return bound(ATTENTION, spec, form)(
+    shape = (q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3])
+    flags = (bool(window), bool(softcap), sinks is not None)
+    spec = lambda: AttentionSpec(*shape, dtype_name(q, "q"), cache.dtype, mask, "blocked", *flags)  # noqa: E731
+    key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, form)
+    return _call(key, ATTENTION, spec, form)(
         q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
         lengths=lengths, window=window, softcap=softcap, scale=scale, sinks=sinks,
     )[0]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A compiled decoder: named segments (embedding, layers i to j, head) over one arena, one native call a step."""
+"""A compiled decoder: segments (embedding, layers i to j, head) over one arena, one native call a step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..compiler.errors import CapacityError, UnsupportedError
 from ..compiler.target import Target
-from ..kernels.attention.bind import decode_area, decode_chunk
+from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes
 from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
 from ..kernels.decoder_step.workspace import thread_area
+from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.packing import aligned_empty
 from . import launch
@@ -69,7 +70,9 @@ class StepProgram:
         if isinstance(value, PackedWeight):
             problem = self.spec.matmul(name)
             if (value.n, value.k, value.format) != (problem.n, problem.k, problem.weight):
-                raise UnsupportedError(f"{name} of layer {layer} is {value!r}, the program wants {problem.key()}")
+                raise UnsupportedError(
+                    f"{name} of layer {layer} is {value!r}, the program wants {problem.key()}"
+                )
             address = value.buffer.data_ptr()
         elif value is None:
             address = 0
@@ -123,6 +126,8 @@ class StepProgram:
         if threads != self._threads or tk > self._keys:
             self._allocate(threads, cache.capacity)
         kv = cache.layer(min(first, self.layers - 1))
+        if ids is not None:
+            check_ids(ids, spec.vocab)
         if hidden is not None:
             self._x[: m * spec.hidden] = hidden.reshape(-1)
         logits = torch.empty(batch, tq, spec.vocab) if head else None
@@ -170,17 +175,18 @@ class StepProgram:
             4 * MAX_ROWS * spec.attention_columns,
             4 * MAX_ROWS * spec.intermediate,
             threads * (padded * area.row_bytes + area.fixed_bytes),
-            threads * decode_area(attention, chunk) + 4 * rows * (chunks + 1) * (spec.head_dim + 2) + 192,
+            threads * decode_area(attention, chunk) + partial_bytes(attention, rows, chunks + 1),
             _BARRIER_BYTES,
             4 * MAX_ROWS,
         ]
         offsets = [0]
         for size in sizes:
             offsets.append(offsets[-1] + -(-size // 64) * 64)
-        self._arena = aligned_empty(offsets[-1]).zero_()
+        with torch.inference_mode(False):  # the arena is written inside and outside of inference mode
+            self._arena = aligned_empty(offsets[-1]).zero_()
+            self._x = self._arena[: sizes[0]].view(torch.float32)
+            self._lengths = self._arena[offsets[7] : offsets[7] + sizes[7]].view(torch.int32)
         base = self._arena.data_ptr()
         self._addresses = [base + o for o in offsets[:4]]
         self._work, self._attention, self._barrier = (base + o for o in offsets[4:7])
-        self._x = self._arena[: sizes[0]].view(torch.float32)
-        self._lengths = self._arena[offsets[7] : offsets[7] + sizes[7]].view(torch.int32)
         self._threads, self._keys = threads, keys

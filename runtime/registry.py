@@ -11,6 +11,7 @@ from ..compiler.operator import Operator
 def operators() -> dict[str, Operator]:
     """Return every operator by name."""
     from ..kernels import attention, embedding, norm, quant_matmul, rope, sampling
+    from ..kernels.attention import append
 
-    modules = (quant_matmul, attention, norm, rope, embedding, sampling)
+    modules = (quant_matmul, attention, append, norm, rope, embedding, sampling)
     return {module.OPERATOR.name: module.OPERATOR for module in modules}

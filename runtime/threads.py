@@ -15,7 +15,13 @@ from ..compiler.backends import tvm_llvm
 from ..compiler.errors import BuildError
 from ..compiler.target import available_cores, detect
 
-_OPENMP_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads", "omp_in_parallel")
+_OPENMP_SYMBOLS = (
+    "GOMP_parallel",
+    "omp_get_thread_num",
+    "omp_get_num_threads",
+    "omp_get_max_threads",
+    "omp_in_parallel",
+)
 
 
 def set_threads(count: int | None = None) -> int:
@@ -48,7 +54,7 @@ def attach(library: tvm_llvm.LoadedLibrary) -> None:
 def launcher() -> ctypes.CDLL:
     """Return the loaded launcher, built once with the host's linker. Raises BuildError where none fits."""
     openmp = _openmp()
-    source = (resources.files(__package__) / "launcher.c").read_text()
+    source = (resources.files(__package__ or "") / "launcher.c").read_text()
     target = detect()
     key = ArtifactKey("launcher", "c", "1", "", target.arch, sys.platform, source)
 
@@ -58,7 +64,9 @@ def launcher() -> ctypes.CDLL:
             raise BuildError("no C compiler: install gcc or clang, or `pip install ziglang`")
         path = folder / "launcher.c"
         path.write_text(source)
-        tvm_llvm.run_tool([*command, "-O2", "-shared", "-fPIC", "-o", str(folder / tvm_llvm.LIBRARY_NAME), str(path)])
+        tvm_llvm.run_tool(
+            [*command, "-O2", "-shared", "-fPIC", "-o", str(folder / tvm_llvm.LIBRARY_NAME), str(path)]
+        )
 
     store = ArtifactStore()
     folder = store.get(key) or store.put(key, build)[0]
@@ -73,10 +81,16 @@ def _openmp() -> ctypes.CDLL:
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
-    candidates = glob.glob(str(folder / "*omp*")) + glob.glob(str(folder.parent.parent / "torch.libs" / "*omp*"))
+    candidates = glob.glob(str(folder / "*omp*")) + glob.glob(
+        str(folder.parent.parent / "torch.libs" / "*omp*")
+    )
     if os.path.exists("/proc/self/maps"):
-        mapped = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line and ".so" in line}
-        candidates = sorted(p for p in mapped if any(n in os.path.basename(p) for n in ("gomp", "libomp", "iomp"))) + candidates
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = {line.split()[-1] for line in lines if "omp" in line and ".so" in line}
+        candidates = (
+            sorted(p for p in mapped if any(n in os.path.basename(p) for n in ("gomp", "libomp", "iomp")))
+            + candidates
+        )
     for path in candidates:
         try:
             library = ctypes.CDLL(path)

@@ -1,4 +1,4 @@
-"""TVM's LLVM code generator: PrimFuncs to one shared library, loaded by tvm_ffi alone (no TVM at run time)."""
+"""TVM's LLVM code generator: PrimFuncs to a shared library, loaded by tvm_ffi alone (no TVM at run time)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def ffi_problem(version: str) -> str | None:
     """Return what is wrong with an apache-tvm-ffi version, or None."""
     numbers = tuple(int(word) for word in re.findall(r"\d+", version)[:3])
     if numbers >= tuple(int(word) for word in _BROKEN_FFI.split(".")):
-        return f"apache-tvm-ffi {version} crashes with apache-tvm 0.27; pip install apache-tvm-ffi==0.1.14.post0"
+        return (
+            f"apache-tvm-ffi {version} crashes with apache-tvm 0.27; pip install apache-tvm-ffi==0.1.14.post0"
+        )
     return None
 
 
@@ -71,7 +73,7 @@ def compile_module(functions: list[Any], target: Target) -> Any:
     module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})
     try:
         return tvm.compile(module, tvm.target.Target(_llvm_target(target)), tir_pipeline=_pipeline())
-    except Exception as error:  # noqa: BLE001  TVM raises a dozen types; the cause is kept
+    except Exception as error:
         raise BuildError(f"TVM could not compile for {target.name}: {str(error).strip()[-600:]}") from error
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
-from .reference import attention as reference
-from .reference import reference_call
+from .reference import attention, reference_call
 from .space import space
 from .spec import AttentionSpec
 
@@ -49,4 +48,4 @@ TVM_CPU = Form(
     lower=_lower,
     sources=("kernels/attention", "kernels/shared", "compiler/backends/tvm_llvm.py"),
 )
-OPERATOR = Operator("attention", AttentionSpec, reference, (TVM_CPU, reference_form(reference_call)))
+OPERATOR = Operator("attention", AttentionSpec, attention, (TVM_CPU, reference_form(reference_call)))

@@ -46,7 +46,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes (as fp32) and scales [..., T] of x [..., T, D]."""
     largest = x.abs().amax(-1)
     finite = torch.isfinite(x).all(-1)
-    inverse = torch.where((largest > 0) & finite, 127 / largest, torch.zeros_like(largest))
+    most = torch.full_like(largest, 127.0)  # `127 / tensor` is reciprocal() * 127, rounded twice
+    inverse = torch.where((largest > 0) & finite, most / largest, torch.zeros_like(largest))
     codes = (x * inverse.unsqueeze(-1)).round().clamp(-127, 127).nan_to_num(0.0, 0.0, 0.0)
     return codes, torch.where(finite, largest / 127, torch.full_like(largest, torch.nan))
 
@@ -65,7 +66,9 @@ def _lower(spec: AppendSpec, configuration: Configuration, target: Target) -> li
     return lower(spec, configuration, target)
 
 
-def _bind(spec: AppendSpec, configuration: Configuration, target: Target, library: Any) -> Callable[..., None]:
+def _bind(
+    spec: AppendSpec, configuration: Configuration, target: Target, library: Any
+) -> Callable[..., None]:
     serial, threaded = library.function("append"), library.function("append_parallel")
 
     def call(

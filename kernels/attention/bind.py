@@ -11,11 +11,13 @@ from torch import Tensor
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target
 from ..shared.scratch import scratch
+from .areas import ROW_STEP, decode_area, decode_chunk, partial_bytes, prefill_offsets, whole_block_k
 from .spec import KEY_BLOCK, AttentionSpec
+
+__all__ = ["bind", "check", "decode_area", "decode_chunk"]
 
 _NO_WINDOW = 1 << 40
 _LOG2_E = 1.4426950408889634
-_LANES = {"avx512_vnni": (16, 12), "avx2": (8, 6), "portable": (4, 4), "portable16": (16, 12)}
 
 
 def bind(
@@ -24,10 +26,11 @@ def bind(
     """Return call(q, k, v, **options) -> (out, lse or None); options as in `reference.attention`."""
     decode, prefill = library.function("decode"), library.function("prefill")
     decode_rows, max_chunk = int(configuration["decode_rows"]), int(configuration["chunk"])
-    block_q, block_k = int(configuration["block_q"]), -(-int(configuration["block_k"]) // 32) * 32
-    step = _LANES[str(configuration.get("isa") or target.isa)][1]
+    block_q, block_k = int(configuration["block_q"]), whole_block_k(int(configuration["block_k"]))
+    step = ROW_STEP[str(configuration.get("isa") or target.isa)]
     blocked, scaled = spec.layout == "blocked", spec.kv_dtype == "int8"
-    partial_area, prefill_area = decode_area(spec, max_chunk), _prefill_area(spec, step, block_q, block_k)
+    area = decode_area(spec, max_chunk)
+    prefill_area = prefill_offsets(spec, step, block_q, block_k)[-1]
     out_dtype = getattr(torch, spec.q_dtype)
     hq, dv = spec.num_heads, spec.v_head_dim
 
@@ -54,7 +57,8 @@ def bind(
         if tk is None:
             tk = v.shape[2]
         if out is None:
-            out = torch.empty((batch, tq, hq, dv), dtype=out_dtype).transpose(1, 2)
+            strides = (tq * hq * dv, dv, hq * dv, 1)  # [B, Tq, Hq, Dv] in memory
+            out = torch.empty_strided((batch, hq, tq, dv), strides, dtype=out_dtype)
         lse = torch.empty((batch, hq, tq)) if spec.lse else None
         if tq == 0 or batch == 0:
             return out, lse
@@ -62,11 +66,10 @@ def bind(
         few = tq <= decode_rows
         chunk = decode_chunk(tk, max_chunk)
         if few:
-            rows = batch * hq * tq
-            nbytes = threads * partial_area + 4 * rows * (-(-tk // chunk) + 1) * (dv + 2) + 192
+            nbytes = threads * area + partial_bytes(spec, batch * hq * tq, -(-tk // chunk) + 1)
         else:
             nbytes = threads * prefill_area
-        scale = spec.head_dim**-0.5 if scale is None else scale
+        factor = spec.head_dim**-0.5 if scale is None else scale
         limits = lengths if lengths is not None else prefix
         q_sb, q_sh, q_st, _ = q.stride()
         if blocked:
@@ -83,7 +86,7 @@ def bind(
             tk - tq if q_offset is None else q_offset,
             window if window else _NO_WINDOW,
             chunk,
-            scale / softcap if softcap else scale * _LOG2_E,
+            factor / softcap if softcap else factor * _LOG2_E,
             softcap * _LOG2_E,
             q.data_ptr(), q_sb, q_sh, q_st,
             k.data_ptr(), k_sb, k_sh, k_st,
@@ -104,15 +107,9 @@ def bind(
     return checked
 
 
-def decode_chunk(tk: int, most: int) -> int:
-    """Return the keys of a chunk: it depends on the context alone, so results do not change with threads."""
-    for limit, chunk in ((512, 64), (2048, 128)):
-        if tk <= limit:
-            return min(chunk, most)
-    return most
-
-
-def check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def check(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Raise UnsupportedError for what the kernels cannot read; make contiguous what they need so."""
     tk = options.get("tk")
     if spec.layout == "strided":
@@ -124,66 +121,59 @@ def check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[st
         q = q if q.stride(-1) == 1 else q.contiguous()
         if tk is None or tk > v.shape[2] or k.shape[2] * KEY_BLOCK < tk:
             raise UnsupportedError(f"tk={tk} does not fit a cache of {v.shape[2]} tokens")
-        if not (k[0, 0].is_contiguous() and v[0, 0].is_contiguous()):
+        inner = (spec.head_dim * KEY_BLOCK, KEY_BLOCK, 1)
+        if k.stride()[2:] != inner or v.stride()[2:] != (spec.v_head_dim, 1):
             raise UnsupportedError("a blocked cache must be contiguous within a head")
     tk = v.shape[2] if tk is None else tk
     batch, tq = q.shape[0], q.shape[2]
-    expected = {
-        "q": (q, (batch, spec.num_heads, tq, spec.head_dim), spec.q_dtype),
-        "v": (v, (batch, spec.num_kv_heads, v.shape[2], spec.v_head_dim), spec.kv_dtype),
-    }
-    for name, (x, shape, dtype) in expected.items():
-        if tuple(x.shape) != shape or x.dtype != getattr(torch, dtype):
-            raise UnsupportedError(f"{name} is {tuple(x.shape)} {x.dtype}, not {shape} {dtype}")
-    if k.dtype != v.dtype or k.shape[:2] != v.shape[:2] or (k.shape[3] != spec.head_dim):
-        raise UnsupportedError(f"k is {tuple(k.shape)} {k.dtype}, which does not fit v {tuple(v.shape)} {v.dtype}")
-    for name in ("lengths", "prefix"):
-        wanted = spec.mask == {"lengths": "causal_lengths", "prefix": "prefix"}[name]
-        x = options.get(name)
-        if not wanted:
-            options[name] = None
-        elif x is None or x.shape != (batch,):
-            raise UnsupportedError(f"mask {spec.mask!r} needs {name} of shape ({batch},)")
-        else:
-            options[name] = x.to(torch.int32).contiguous()
-    if spec.mask == "additive":
-        bias = options.get("bias")
-        if bias is None:
-            raise UnsupportedError("mask 'additive' needs a bias")
-        bias = bias.expand(batch, spec.num_heads, tq, tk)
-        options["bias"] = bias if tk <= 1 or bias.stride(3) == 1 else bias.contiguous()
-    if spec.sinks:
-        sinks = options.get("sinks")
-        if sinks is None or sinks.shape != (spec.num_heads,):
-            raise UnsupportedError(f"sinks must have shape ({spec.num_heads},)")
-        options["sinks"] = sinks.float().contiguous()
-    if spec.kv_dtype == "int8":
-        for name in ("k_scale", "v_scale"):
-            x = options.get(name)
-            if x is None or x.dtype != torch.float32 or x.dim() != 3 or x.shape[2] < tk:
-                raise UnsupportedError(f"int8 keys and values need {name}: float32 [B, Hkv, Tk]")
-            options[name] = x if x.stride(2) == 1 else x.contiguous()
+    _expect("q", q, (batch, spec.num_heads, tq, spec.head_dim), spec.q_dtype)
+    _expect("v", v, (batch, spec.num_kv_heads, v.shape[2], spec.v_head_dim), spec.kv_dtype)
+    if k.dtype != v.dtype or k.shape[:2] != v.shape[:2] or k.shape[3] != spec.head_dim:
+        raise UnsupportedError(f"k {tuple(k.shape)} {k.dtype} does not fit v {tuple(v.shape)} {v.dtype}")
+    _check_options(spec, options, batch, tq, tk)
     return q, k, v
 
 
-def _bias(bias: Tensor | None) -> tuple[int, int, int, int]:
+def _check_options(spec: AttentionSpec, options: dict[str, Any], batch: int, tq: int, tk: int) -> None:
+    """Refuse options that the spec leaves out, or that lack; bring tensors to what the kernels read."""
+    for name in ("window", "softcap"):
+        value = options.get(name, 0)
+        if value < 0 or (value and not getattr(spec, name)):
+            raise UnsupportedError(f"{name}={value} does not fit a problem with {name}={getattr(spec, name)}")
+    wanted = {
+        "lengths": spec.mask == "causal_lengths",
+        "prefix": spec.mask == "prefix",
+        "bias": spec.mask == "additive",
+        "sinks": spec.sinks,
+        "k_scale": spec.kv_dtype == "int8",
+        "v_scale": spec.kv_dtype == "int8",
+    }
+    for name, needed in wanted.items():
+        x = options.get(name)
+        if (x is not None) != needed:
+            raise UnsupportedError(f"{spec.key()} {'needs' if needed else 'takes no'} {name}")
+        if x is None:
+            continue
+        if name in ("lengths", "prefix"):
+            x = _expect(name, x.to(torch.int32), (batch,), "int32").contiguous()
+        elif name == "sinks":
+            x = _expect(name, x.float(), (spec.num_heads,), "float32").contiguous()
+        elif name == "bias":
+            x = _expect(name, x.expand(batch, spec.num_heads, tq, tk), (), spec.bias_dtype)
+        else:
+            slots = (
+                -(-tk // KEY_BLOCK) * KEY_BLOCK if spec.layout == "blocked" else tk
+            )  # whole blocks are read
+            x = _expect(name, x[:, :, :slots], (batch, spec.num_kv_heads, slots), "float32")
+        options[name] = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Return x, or raise UnsupportedError when its shape (unless empty) or type differs."""
+    if x.dtype != getattr(torch, dtype) or (shape and tuple(x.shape) != shape):
+        raise UnsupportedError(f"{name} is {tuple(x.shape)} {x.dtype}, not {shape or ''} {dtype}")
+    return x
+
+
+def _bias(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()[:3])
-
-
-def _line(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64
-
-
-def decode_area(spec: AttentionSpec, max_chunk: int) -> int:
-    bias = max_chunk if spec.mask == "additive" else 0
-    scales = 2 * max_chunk if spec.kv_dtype == "int8" else 0
-    parts = (spec.group * spec.head_dim, spec.group * max_chunk, spec.group * spec.v_head_dim, bias, scales)
-    return sum(_line(4 * n) for n in parts)
-
-
-def _prefill_area(spec: AttentionSpec, step: int, block_q: int, block_k: int) -> int:
-    rows = -(-max(block_q, spec.group) // step) * step + step
-    bias = step * block_k if spec.mask == "additive" else 0
-    parts = (rows * spec.head_dim, rows * spec.v_head_dim, rows, rows, block_k * spec.head_dim,
-             block_k * spec.v_head_dim, step * block_k, bias, 2 * step, step)  # fmt: skip
-    return sum(_line(4 * n) for n in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ def attention(
     q = q.double()
     batch, _, tq, _ = q.shape
     tk = k.shape[2]
-    scale = spec.head_dim**-0.5 if scale is None else scale
+    factor = spec.head_dim**-0.5 if scale is None else scale
     q_offset = tk - tq if q_offset is None else q_offset
     k, v = (x.repeat_interleave(spec.group, 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scale
+    scores = q @ k.transpose(2, 3) * factor
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if spec.mask == "additive":
@@ -66,9 +67,11 @@ def attention(
     return out, lse
 
 
-def reference_call(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
+def reference_call(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
     """Return (out in q's dtype, fp32 lse or None): the reference with the calling convention of a form."""
-    out, lse = attention(spec, q, k, v, **options)  # type: ignore[arg-type]
+    out, lse = attention(spec, q, k, v, **options)
     return out.to(q.dtype), lse.float() if spec.lse else None
 
 

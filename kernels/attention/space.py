@@ -12,18 +12,18 @@ _ROWS = [96, 48, 192]  # query rows (queries x heads of a group) that share a ti
 _KEYS = [128, 64, 256]  # keys of a tile
 _DECODE_ROWS = [8, 4, 16]  # up to so many queries run as decode
 _CHUNK = [256, 128, 512]  # keys of a decode chunk in long contexts
-_PREFETCH = [True, False]  # decode fetches V while it reads K, and K of the next chunk while it reads V
+_PREFETCH = [True, False]  # decode: V while K is read, K of the next chunk while V is read
 
 
 def space(spec: AttentionSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration whose tiles fit half of L2, the default first."""
-    found = []
-    for rows, keys, decode, chunk, prefetch in itertools.product(_ROWS, _KEYS, _DECODE_ROWS, _CHUNK, _PREFETCH):
-        if tile_bytes(spec, rows, keys) <= max(target.l2 // 2, tile_bytes(spec, min(_ROWS), min(_KEYS))):
-            found.append(
-                {"block_q": rows, "block_k": keys, "decode_rows": decode, "chunk": chunk, "prefetch": prefetch}
-            )
-    return found
+    names = ("block_q", "block_k", "decode_rows", "chunk", "prefetch")
+    most = max(target.l2 // 2, tile_bytes(spec, min(_ROWS), min(_KEYS)))
+    return [
+        dict(zip(names, values))
+        for values in itertools.product(_ROWS, _KEYS, _DECODE_ROWS, _CHUNK, _PREFETCH)
+        if tile_bytes(spec, values[0], values[1]) <= most
+    ]
 
 
 def tile_bytes(spec: AttentionSpec, rows: int, keys: int) -> int:

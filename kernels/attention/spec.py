@@ -1,4 +1,4 @@
-"""The attention problem: out = softmax(mask(softcap(scale * q @ k.T) + bias)) @ v, by heads and groups of heads."""
+"""The attention problem: out = softmax(mask(softcap(scale * q @ k.T) + bias)) @ v, by groups of heads."""
 
 from __future__ import annotations
 

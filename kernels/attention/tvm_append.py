@@ -1,4 +1,4 @@
-"""Appending keys and values to the blocked cache on a CPU: transposed into blocks, quantised where it is int8."""
+"""Appending keys and values to the blocked cache on a CPU: transposed into blocks, quantised for int8."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from .spec import KEY_BLOCK
 from .tvm_math import Registers
 from .tvm_problem import quotient, remainder
 
-ARGUMENTS = ("batch", "heads", "tokens", "position", "k", "k_sb", "k_sh", "k_st", "v", "v_sb", "v_sh", "v_st",
-             "k_cache", "kc_sb", "kc_sh", "v_cache", "vc_sb", "vc_sh", "k_scale", "v_scale", "s_sb", "s_sh")  # fmt: skip
+ARGUMENTS = (
+    *("batch", "heads", "tokens", "position"),
+    *("k", "k_sb", "k_sh", "k_st", "v", "v_sb", "v_sh", "v_st"),
+    *("k_cache", "kc_sb", "kc_sh", "v_cache", "vc_sb", "vc_sh", "k_scale", "v_scale", "s_sb", "s_sh"),
+)
 
 
 def lower(spec: AppendSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
@@ -57,7 +60,7 @@ def emit_append(spec: AppendSpec, lanes: int, a: Any, row: Any) -> None:
 
 
 def _scale(spec: AppendSpec, lanes: int, x: Any, at: Any, size: int, scales: Any, scale_at: Any) -> Any:
-    """Store absmax / 127 of a token (NaN when the token holds NaN or Inf) and return 127 / absmax; None for floats."""
+    """Store absmax / 127 of a token (NaN when it holds NaN or Inf); return 127 / absmax, None for floats."""
     if spec.kv_dtype != "int8":
         return None
     most, poison = Registers(1, lanes), Registers(1, lanes)

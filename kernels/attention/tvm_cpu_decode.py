@@ -1,4 +1,4 @@
-"""Decode attention: few queries, the keys cut into chunks over the threads, partial softmaxes merged in order."""
+"""Decode attention: few queries, keys cut into chunks over the threads, partial results merged in order."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ from typing import Any
 
 from ..shared import tir
 from ..shared.tir import T
-from .spec import KEY_BLOCK, AttentionSpec
+from .areas import decode_offsets
+from .spec import KEY_BLOCK
 from .tvm_math import LOG2_E, Registers, exp2, minus_infinity, sums_of_four
-from .tvm_problem import Problem, even_parts, quotient, remainder, safe_maximum, sizes_to_offsets, span, widen
+from .tvm_problem import Problem, even_parts, quotient, remainder, safe_maximum, span, widen
 
 _KEYS_A_PASS = 32  # keys between two loads of the output accumulators: V rows stay in L1 for all columns
-
-
-def thread_offsets(spec: AttentionSpec, max_chunk: int) -> list[int]:
-    """Return where a thread's areas start, in bytes, then their size: q, scores, out, bias, scales."""
-    bias = max_chunk if spec.mask == "additive" else 0
-    scales = 2 * max_chunk if spec.kv_dtype == "int8" else 0
-    elements = [spec.group * spec.head_dim, spec.group * max_chunk, spec.group * spec.v_head_dim, bias, scales]
-    return sizes_to_offsets([4 * n for n in elements])
-
-
-def partial_bytes(spec: AttentionSpec, rows: int, chunks: int) -> int:
-    """Return the bytes of the partial results of `rows` (batch x heads x queries) in `chunks`."""
-    return 4 * rows * chunks * (spec.v_head_dim + 2) + 192
 
 
 class Decode:
@@ -40,8 +28,8 @@ class Decode:
         a, spec = self.a, self.spec
         first, chunks = self._chunks()
         partial = self._partials(chunks)
-        local = [a.scratch + thread * thread_offsets(spec, self.max_chunk)[-1] + o
-                 for o in thread_offsets(spec, self.max_chunk)[:-1]]  # fmt: skip
+        local = [a.scratch + thread * decode_offsets(spec, self.max_chunk)[-1] + o
+                 for o in decode_offsets(spec, self.max_chunk)[:-1]]  # fmt: skip
         q, scores, out, bias, scales = (tir.buffer_at(at, "float32") for at in local)
         units = tir.let(a.batch * spec.num_kv_heads * chunks)
         start = tir.let(quotient(thread * units, a.threads))
@@ -67,7 +55,7 @@ class Decode:
         """Emit the merge of one row (of batch x heads x queries), chunk by chunk in order."""
         a, spec, lanes = self.a, self.spec, self.lanes
         _, chunks = self._chunks()
-        m, l, o = self._partials(chunks)
+        largests, totals, outs = self._partials(chunks)
         t = tir.let(remainder(row, a.tq))
         head = tir.let(quotient(row, a.tq))
         h = tir.let(remainder(head, T.int64(spec.num_heads)))
@@ -77,7 +65,7 @@ class Decode:
         if spec.sinks:
             tir.store(largest, 0, tir.load(a.sinks, h) * T.float32(LOG2_E))
         with tir.loop(chunks) as c:
-            tir.store(largest, 0, T.max(tir.load(largest, 0), tir.load(m, row * chunks + c)))
+            tir.store(largest, 0, T.max(tir.load(largest, 0), tir.load(largests, row * chunks + c)))
         safe = tir.local("float32", 1)
         tir.store(safe, 0, safe_maximum(tir.load(largest, 0)))
         tir.store(total, 0, T.float32(0))
@@ -86,16 +74,16 @@ class Decode:
         # The merged row overwrites the row of its first chunk.
         base = tir.let(row * chunks * spec.v_head_dim)
         with tir.loop(chunks) as c:
-            tir.store(weight, 0, exp2(tir.load(m, row * chunks + c) - tir.load(safe, 0), 1))
-            tir.store(total, 0, tir.load(total, 0) + tir.load(l, row * chunks + c) * tir.load(weight, 0))
+            tir.store(weight, 0, exp2(tir.load(largests, row * chunks + c) - tir.load(safe, 0), 1))
+            tir.store(total, 0, tir.load(total, 0) + tir.load(totals, row * chunks + c) * tir.load(weight, 0))
             with tir.loop(spec.v_head_dim // lanes) as i:
                 at = base + c * spec.v_head_dim + i * lanes
                 value = tir.local("float32", lanes)
-                tir.store(value, 0, tir.load(o, at, lanes) * tir.splat(tir.load(weight, 0), lanes))
+                tir.store(value, 0, tir.load(outs, at, lanes) * tir.splat(tir.load(weight, 0), lanes))
                 with tir.when(c > 0):
-                    tir.store(value, 0, tir.load(value, 0, lanes) + tir.load(o, base + i * lanes, lanes))
-                tir.store(o, base + i * lanes, tir.load(value, 0, lanes))
-        self.p.store_row(o, base, tir.load(largest, 0), tir.load(total, 0), b, h, t)
+                    tir.store(value, 0, tir.load(value, 0, lanes) + tir.load(outs, base + i * lanes, lanes))
+                tir.store(outs, base + i * lanes, tir.load(value, 0, lanes))
+        self.p.store_row(outs, base, tir.load(largest, 0), tir.load(total, 0), b, h, t)
 
     def rows(self) -> Any:
         """Return the number of rows to merge."""
@@ -116,7 +104,7 @@ class Decode:
         a = self.a
         entries = tir.let(self.rows() * chunks)
         padded = tir.let(quotient(entries + 15, T.int64(16)) * 64)
-        base = a.scratch + a.threads * thread_offsets(self.spec, self.max_chunk)[-1]
+        base = a.scratch + a.threads * decode_offsets(self.spec, self.max_chunk)[-1]
         return [tir.buffer_at(tir.let(base + i * padded), "float32") for i in range(3)]
 
 
@@ -322,7 +310,9 @@ class _Unit:
         """Elements of k a token: in the blocked layout its share of a block."""
         return self.spec.head_dim if self.spec.layout == "blocked" else self.a.k_st
 
-    def _value_tile(self, tile: _ValueTile, block: Any, column: Any, columns: int, head0: int, heads: int) -> None:
+    def _value_tile(
+        self, tile: _ValueTile, block: Any, column: Any, columns: int, head0: int, heads: int
+    ) -> None:
         spec, a, lanes = self.spec, self.a, self.lanes
         acc = Registers(heads * columns, lanes)
         places = [(h, v) for h in range(heads) for v in range(columns)]
@@ -338,7 +328,7 @@ class _Unit:
             for h in range(heads):
                 weight = tir.load(self.scores, (head0 + h) * self.max_chunk + (j - tile.origin))
                 weights[h] = tir.splat(weight, lanes)
-            for v in range(columns):  # one V vector at a time: with the weights and sums all registers are full
+            for v in range(columns):  # one V vector at a time: the weights and sums fill the registers
                 value[0] = widen(a.v, row + v * lanes, lanes)
                 for h in range(heads):
                     acc.add_product(h * columns + v, value[0], weights[h])

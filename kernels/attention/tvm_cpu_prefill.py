@@ -1,31 +1,18 @@
-"""Prefill attention: tiles of query rows x keys, online softmax; K and V tiles are converted once per query tile."""
+"""Prefill attention: tiles of query rows x keys, online softmax; K and V converted once a query tile."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..shared import tir
-from ..shared.isa.table import Isa
 from ..shared.tir import T
-from .spec import KEY_BLOCK, AttentionSpec
+from .areas import ROW_STEP, prefill_offsets, whole_block_k
+from .spec import KEY_BLOCK
 from .tvm_math import LOG2_E, Registers, exp2, minus_infinity, transpose
-from .tvm_problem import Problem, is_zero, quotient, remainder, safe_maximum, sizes_to_offsets, span, widen
+from .tvm_problem import Problem, is_zero, quotient, remainder, safe_maximum, span, widen
 
 _VECTORS = 2  # vectors of keys (or of V's columns) in a register tile: one panel
 _UNROLL = 4  # elements of the head dimension a loop step of q . k
-
-
-def thread_offsets(spec: AttentionSpec, isa: Isa, block_q: int, block_k: int) -> list[int]:
-    """Return where a thread's areas start, in bytes, then their size.
-
-    Areas: q, out, m, l (rows), K panels, V, scores and bias (one row block), bounds and decay of its rows.
-    """
-    step = isa.gemm_rows
-    rows = -(-max(block_q, spec.group) // step) * step + step
-    bias = step * block_k if spec.mask == "additive" else 0
-    elements = [rows * spec.head_dim, rows * spec.v_head_dim, rows, rows, block_k * spec.head_dim,
-                block_k * spec.v_head_dim, step * block_k, bias, 2 * step, step]  # fmt: skip
-    return sizes_to_offsets([4 * n for n in elements])
 
 
 class Prefill:
@@ -33,11 +20,11 @@ class Prefill:
 
     def __init__(self, problem: Problem, block_q: int, block_k: int) -> None:
         self.p, self.spec, self.a, self.lanes = problem, problem.spec, problem.args, problem.lanes
-        self.step = problem.isa.gemm_rows
+        self.step = ROW_STEP[problem.isa.name]
         self.panel = _VECTORS * self.lanes
-        self.block_k = -(-block_k // 32) * 32
+        self.block_k = whole_block_k(block_k)
         self.queries = max(1, block_q // self.spec.group)
-        self.sizes = thread_offsets(self.spec, problem.isa, block_q, self.block_k)
+        self.sizes = prefill_offsets(self.spec, self.step, block_q, self.block_k)
 
     def phase(self, thread: Any) -> None:
         """Emit one thread's share: every `threads`-th query tile, the ones with most keys first."""
@@ -66,7 +53,8 @@ class _Tile:
         self.lanes, self.step, self.panel = prefill.lanes, prefill.step, prefill.panel
         self.block_k, self.group = prefill.block_k, prefill.spec.group
         self.b, self.kv_head, self.q0 = b, kv_head, q0
-        self.q, self.out, self.m, self.l, self.kt, self.vt, self.scores, self.bias, self.bounds, self.decay = areas
+        self.q, self.out, self.m, self.l, self.kt, self.vt, self.scores, self.bias = areas[:8]
+        self.bounds, self.decay = areas[8:]
         self.nq = tir.let(T.min(T.int64(prefill.queries), self.a.tq - q0))
         self.row_blocks = tir.let(quotient(self.nq * self.group + (self.step - 1), T.int64(self.step)))
 
@@ -236,7 +224,8 @@ class _Tile:
             for u in range(_UNROLL):
                 keys = Registers(_VECTORS, lanes)
                 for v in range(_VECTORS):
-                    keys[v] = tir.load(self.kt, keys_at + step * (_UNROLL * self.panel) + u * self.panel + v * lanes, lanes)
+                    at = keys_at + step * (_UNROLL * self.panel) + (u * self.panel + v * lanes)
+                    keys[v] = tir.load(self.kt, at, lanes)
                 for r in range(self.step):
                     at = query_at + step * _UNROLL + (r * spec.head_dim + u)
                     query = tir.splat(tir.load(self.q, at), lanes)
@@ -250,7 +239,8 @@ class _Tile:
                 acc[r * _VECTORS + v] = self.p.finish_scores(acc[r * _VECTORS + v], bias)
         with tir.when(partial):
             for r, v in places:
-                index = T.ramp(T.int32(v * lanes), T.int32(1), lanes) + tir.splat(tir.cast(p * self.panel, "int32"), lanes)
+                first = tir.splat(tir.cast(p * self.panel, "int32"), lanes)
+                index = T.ramp(T.int32(v * lanes), T.int32(1), lanes) + first
                 below = index < tir.splat(tir.load(bounds, 2 * r), lanes)
                 above = index >= tir.splat(tir.load(bounds, 2 * r + 1), lanes)
                 kept = T.Select(above, minus_infinity(lanes), acc[r * _VECTORS + v])
@@ -283,7 +273,8 @@ class _Tile:
             for r in range(step):
                 at = r * self.block_k + i * lanes
                 weight = Registers(1, lanes)
-                weight[0] = exp2(tir.load(self.scores, at, lanes) - tir.splat(tir.load(safe, r), lanes), lanes)
+                score = tir.load(self.scores, at, lanes) - tir.splat(tir.load(safe, r), lanes)
+                weight[0] = exp2(score, lanes)
                 sums[r] = sums[r] + weight[0]
                 tir.store(self.scores, at, weight[0])
         for r in range(step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -149,7 +149,9 @@ class Problem:
             score = tanh(score, self.lanes) * tir.splat(self.args.cap, self.lanes)
         return score if bias is None else score + bias
 
-    def store_row(self, source: Expr, at: Expr, largest: Expr, total: Expr, b: Expr, h: Expr, t: Expr) -> None:
+    def store_row(
+        self, source: Expr, at: Expr, largest: Expr, total: Expr, b: Expr, h: Expr, t: Expr
+    ) -> None:
         """Emit: source[at:] / total to out[b, h, t], and the row's lse; `largest` is in log2 units."""
         spec, a, lanes = self.spec, self.args, self.lanes
         target = tir.let(self.row_at("out", b, h, t))
@@ -168,7 +170,9 @@ class Problem:
             entry = (b * spec.num_heads + h) * a.tq + t
             tir.store(lse, entry, largest * T.float32(1 / LOG2_E) + T.log(total))
 
-    def stage(self, target: Expr, at: Expr, source: Expr, start: Expr, count: Expr, factor: float = 1.0) -> None:
+    def stage(
+        self, target: Expr, at: Expr, source: Expr, start: Expr, count: Expr, factor: float = 1.0
+    ) -> None:
         """Emit: source[start : start + count] times `factor` to fp32 target[at:], reading nothing beyond."""
         lanes = self.lanes
         whole = tir.let(quotient(count, T.int64(lanes)))
@@ -218,12 +222,3 @@ def even_parts(count: int, most: int) -> list[int]:
     """Cut `count` into near-equal parts of at most `most`."""
     parts = -(-count // most)
     return [count // parts + (i < count % parts) for i in range(parts)]
-
-
-def sizes_to_offsets(sizes: Sequence[int]) -> list[int]:
-    """Return where each part of a scratch area starts, in bytes, each on its own cache line."""
-    offsets, at = [], 0
-    for size in sizes:
-        offsets.append(at)
-        at += -(-size // 64) * 64
-    return [*offsets, at]

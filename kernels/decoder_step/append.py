@@ -9,7 +9,9 @@ from ..shared import tir
 from ..shared.tir import T
 
 
-def append_row(step: Any, at: dict[str, Any], b: Any, kv_head: Any, position: Any, is_key: Any, source: Any) -> None:
+def append_row(
+    step: Any, at: dict[str, Any], b: Any, kv_head: Any, position: Any, is_key: Any, source: Any
+) -> None:
     """Emit: the `head_dim` floats at qkv[source:] to the cache's slot `position`; int8 gets a scale."""
     spec, k, lanes, d = step.spec, step.kernel, step.isa.lanes, step.spec.head_dim
     factor: Any = None

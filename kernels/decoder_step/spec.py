@@ -26,7 +26,9 @@ LAYER_SLOTS = (
 
 @dataclass(frozen=True)
 class DecoderStepSpec:
-    """x = embed(ids); for every layer x += o(attention(rope(qkv(norm(x))))), x += down(silu(gate) * up); head(norm(x)).
+    """Embedding, then for every layer attention and gated MLP behind their norms, then norm and head.
+
+    x = embed(ids); x += o(attention(rope(qkv(norm(x))))); x += down(silu(gate) * up); head(norm(x)).
 
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
@@ -57,11 +59,14 @@ class DecoderStepSpec:
     def key(self) -> str:
         """One line that names the problem."""
         heads = f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}"
-        formats = " ".join(f.key() for f in (self.qkv, self.o, self.gate_up, self.down, self.embed, self.head))
+        formats = " ".join(
+            f.key() for f in (self.qkv, self.o, self.gate_up, self.down, self.embed, self.head)
+        )
         flags = f"{'interleaved ' if self.rope_interleaved else ''}{'bias ' if self.qkv_bias else ''}"
         return (
-            f"{self.hidden} {self.intermediate} {self.vocab} {heads} rotary={self.rotary_dim} eps={self.eps!r} "
-            f"{formats} {self.embed_layout} {flags}{self.kv_dtype} {self.mask} {self.activation}"
+            f"{self.hidden} {self.intermediate} {self.vocab} {heads} rotary={self.rotary_dim} "
+            f"eps={self.eps!r} {formats} {self.embed_layout} {flags}"
+            f"{self.kv_dtype} {self.mask} {self.activation}"
         )
 
     @property

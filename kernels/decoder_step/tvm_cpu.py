@@ -31,11 +31,12 @@ ARGUMENTS = [
     ("threads", "int64"), ("batch", "int64"), ("tq", "int64"), ("position", "int64"),
     ("layers", "int64"), ("table", "*int64"),
     ("ids", "*int64"), ("embed", "int64"), ("head", "int64"), ("head_norm", "*float32"),
-    ("x", "*float32"), ("qkv", "*float32"), ("attended", "*float32"), ("gated", "*float32"), ("logits", "*float32"),
+    ("x", "*float32"), ("qkv", "*float32"), ("attended", "*float32"), ("gated", "*float32"),
+    ("logits", "*float32"),
     ("work", "int64"), ("attention_scratch", "int64"), ("barrier", "int64"),
     ("cos", "*float32"), ("sin", "*float32"), ("rope_sb", "int64"), ("limits", "*int32"),
-    ("k_sb", "int64"), ("k_sh", "int64"), ("v_sb", "int64"), ("v_sh", "int64"), ("ks_sb", "int64"), ("ks_sh", "int64"),
-    ("chunk", "int64"),
+    ("k_sb", "int64"), ("k_sh", "int64"), ("v_sb", "int64"), ("v_sh", "int64"),
+    ("ks_sb", "int64"), ("ks_sh", "int64"), ("chunk", "int64"),
 ]  # fmt: skip
 
 
@@ -49,7 +50,13 @@ def lower(spec: DecoderStepSpec, configuration: Mapping[str, Any], target: Targe
 
 class _Step:
     def __init__(
-        self, name: str, spec: DecoderStepSpec, isa: Isa, rows: int, configuration: Mapping[str, Any], arch: str
+        self,
+        name: str,
+        spec: DecoderStepSpec,
+        isa: Isa,
+        rows: int,
+        configuration: Mapping[str, Any],
+        arch: str,
     ) -> None:
         self.spec, self.isa, self.rows, self.configuration, self.arch = spec, isa, rows, configuration, arch
         self.kernel = tir.Kernel(name, ARGUMENTS)
@@ -71,7 +78,12 @@ class _Step:
                 self._embed()
                 self._barrier()
             with tir.loop(k["layers"]) as layer:
-                self._layer({s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i)) for i, s in enumerate(LAYER_SLOTS)})
+                self._layer(
+                    {
+                        s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i))
+                        for i, s in enumerate(LAYER_SLOTS)
+                    }
+                )
             with tir.when(k["head"] != T.int64(0)):
                 self._normed_rows(k["head_norm"], self._context("head", {"w": k["head"], "y": k["logits"]}))
                 direct_share(self.current, thread, self._prefetch())
@@ -79,14 +91,18 @@ class _Step:
 
     def _layer(self, at: dict[str, Any]) -> None:
         k, spec, thread = self.kernel, self.spec, self.thread
-        qkv = self._context("qkv", {"w": at["qkv"], "y": k["qkv"], "bias": tir.buffer_at(at["qkv_bias"], "float32")})
+        qkv = self._context(
+            "qkv", {"w": at["qkv"], "y": k["qkv"], "bias": tir.buffer_at(at["qkv_bias"], "float32")}
+        )
         self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
         blocks = spec.head_dim // 32
         direct_share(qkv, thread, self._prefetch(), together=blocks)
         self._rotate_and_append(at)
         self._barrier()
 
-        decode = Decode(self._attention(at), int(self.configuration["chunk"]), int(self.configuration["kv_prefetch"]))
+        decode = Decode(
+            self._attention(at), int(self.configuration["chunk"]), bool(self.configuration["kv_prefetch"])
+        )
         decode.phase_partials(thread)
         self._barrier()
         rows = tir.let(decode.rows())
@@ -116,7 +132,9 @@ class _Step:
         vectors = 32 // self.isa.lanes
         k = {"m": self.m, "threads": self.kernel["threads"], "codes": self.codes, "sums": self.sums}
         k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
-        self.current = Context(self.isa, self.spec.matmul(name), k, self.rows, vectors if self.rows == 1 else min(2, vectors))
+        self.current = Context(
+            self.isa, self.spec.matmul(name), k, self.rows, vectors if self.rows == 1 else min(2, vectors)
+        )
         return self.current
 
     def _normed_rows(self, weight: Any, context: Context) -> None:
@@ -130,7 +148,7 @@ class _Step:
             prepare_row(context, row, x_at=T.int64(0))
 
     def _rotate_and_append(self, at: dict[str, Any]) -> None:
-        """Emit: the heads that this thread has just computed are rotated; keys and values go into the cache."""
+        """Emit: rotate the heads that this thread has just computed; keys and values go into the cache."""
         spec, k, lanes = self.spec, self.kernel, self.isa.lanes
         heads = spec.num_heads + 2 * spec.num_kv_heads
         first, last = shared_range(heads, self.thread, k["threads"])
@@ -152,7 +170,8 @@ class _Step:
         one = lambda v: T.int64(v)  # noqa: E731
         columns, d = spec.qkv_columns, spec.head_dim
         arguments = Arguments(
-            threads=k["threads"], batch=k["batch"], tq=k["tq"], tk=k["position"] + k["tq"], q_offset=k["position"],
+            threads=k["threads"], batch=k["batch"], tq=k["tq"], tk=k["position"] + k["tq"],
+            q_offset=k["position"],
             window=one(1 << 40), chunk=k["chunk"],
             factor=T.float32(d**-0.5 * 1.4426950408889634), cap=T.float32(0),
             q=k["qkv"], q_sb=k["tq"] * columns, q_sh=one(d), q_st=one(columns),
@@ -161,7 +180,8 @@ class _Step:
             k_scale=tir.buffer_at(at["k_scale"], "float32"), ks_sb=k["ks_sb"], ks_sh=k["ks_sh"],
             v_scale=tir.buffer_at(at["v_scale"], "float32"), vs_sb=k["ks_sb"], vs_sh=k["ks_sh"],
             limits=k["limits"], bias=None, bias_sb=one(0), bias_sh=one(0), bias_st=one(0), sinks=None,
-            out=k["attended"], out_sb=k["tq"] * spec.attention_columns, out_sh=one(d), out_st=one(spec.attention_columns),
+            out=k["attended"], out_sb=k["tq"] * spec.attention_columns, out_sh=one(d),
+            out_st=one(spec.attention_columns),
             lse=one(0), scratch=k["attention_scratch"],
         )  # fmt: skip
         return Problem(spec.attention(), self.isa, arguments)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...compiler.errors import EdgeFormerError
 from ...compiler.operator import Configuration, Declined, Form
 from ...compiler.target import Target
 from .space import space
@@ -58,6 +59,12 @@ def bind(spec: NormSpec, configuration: Configuration, target: Target, library: 
     out_dtype, dim, groups = getattr(torch, spec.out_dtype), spec.dim, spec.groups
 
     def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        _check(x, spec.dtype, dim)
+        weight = _vector(weight, spec.weight_dtype, dim)
+        if spec.bias:
+            if bias is None:
+                raise EdgeFormerError("this norm was bound with a bias, and called without one")
+            bias = _vector(bias.to(weight.dtype), spec.weight_dtype, dim)
         rows = x.numel() // dim
         flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(rows, dim).contiguous()
         function = threaded if rows > 1 and rows * dim >= PARALLEL_ELEMENTS else serial
@@ -73,6 +80,19 @@ def bind(spec: NormSpec, configuration: Configuration, target: Target, library: 
         return out
 
     return call
+
+
+def _vector(tensor: torch.Tensor, dtype: str, dim: int) -> torch.Tensor:
+    _check(tensor, dtype, dim)
+    return tensor.contiguous()
+
+
+def _check(tensor: torch.Tensor, dtype: str, dim: int) -> None:
+    """Raise before a kernel could read past the end."""
+    if tensor.shape[-1] != dim or tensor.dtype != getattr(torch, dtype):
+        raise EdgeFormerError(
+            f"this norm was bound for {dtype} [..., {dim}], not {tensor.dtype} {tuple(tensor.shape)}"
+        )
 
 
 FORM = Form(

@@ -37,7 +37,9 @@ def _bind(spec: QuantMatmulSpec, configuration: Any, target: Target, library: An
     return bind(spec, configuration, target, library)
 
 
-def _reference(spec: QuantMatmulSpec, x: torch.Tensor, weight: PackedWeight, bias: Any, residual: Any) -> torch.Tensor:
+def _reference(
+    spec: QuantMatmulSpec, x: torch.Tensor, weight: PackedWeight, bias: Any, residual: Any
+) -> torch.Tensor:
     return reference(spec, x, weight.unpack(), bias, residual)
 
 

@@ -15,7 +15,9 @@ from .spec import QuantMatmulSpec
 _INT8_SIGNED = {"avx2"}
 
 
-def bind(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target, library: Any) -> Callable[..., torch.Tensor]:
+def bind(
+    spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target, library: Any
+) -> Callable[..., torch.Tensor]:
     """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out]."""
     gemv, rows, gemm = (library.function(name) for name in ("gemv", "rows", "gemm"))
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))

@@ -24,7 +24,8 @@ from .weight_format import CanonicalWeight, WeightFormat
 
 BLOCK = 32
 _NO_GRADIENT = (
-    "a packed weight has no gradient; detach() it and train an adapter beside it, or multiply by unpack().dequantize()"
+    "a packed weight has no gradient; detach() it and train an adapter beside it, "
+    "or multiply by unpack().dequantize()"
 )
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -187,11 +188,17 @@ def _pack_blocks(weight: CanonicalWeight, index: torch.Tensor, g: Geometry, layo
     assert weight.scale is not None
     codes = _take(weight.codes, index, g.groups * fmt.group_size)
     if fmt.zero == "none":
-        codes = codes.view(torch.uint8) if "unsigned" not in layout else (codes.to(torch.int16) + 128).to(torch.uint8)
+        codes = (
+            codes.view(torch.uint8)
+            if "unsigned" not in layout
+            else (codes.to(torch.int16) + 128).to(torch.uint8)
+        )
     elif fmt.bits == 8 and "unsigned" not in layout:
         codes = codes.bitwise_xor(128)
     planes = g.planes
-    runs = codes.view(blocks, BLOCK, g.groups, fmt.group_size // (4 * planes), planes, 4).permute(0, 2, 3, 4, 1, 5)
+    runs = codes.view(blocks, BLOCK, g.groups, fmt.group_size // (4 * planes), planes, 4).permute(
+        0, 2, 3, 4, 1, 5
+    )
     packed = torch.zeros(blocks, g.groups, fmt.group_size // (4 * planes), BLOCK, 4, dtype=torch.uint8)
     for p in range(planes):
         packed |= runs[:, :, :, p] << (p * fmt.bits)
@@ -230,7 +237,11 @@ def unpack(packed: PackedWeight) -> CanonicalWeight:
     split = torch.stack([(runs >> (p * fmt.bits)) & mask for p in range(g.planes)], 3)  # [b, g, s, p, 32, 4]
     codes = split.permute(0, 4, 1, 2, 3, 5).reshape(blocks * BLOCK, -1)[:, :k]
     if fmt.zero == "none":
-        codes = codes.view(torch.int8) if "unsigned" not in packed.layout else (codes.to(torch.int16) - 128).to(torch.int8)
+        codes = (
+            codes.view(torch.int8)
+            if "unsigned" not in packed.layout
+            else (codes.to(torch.int16) - 128).to(torch.int8)
+        )
     elif fmt.bits == 8 and "unsigned" not in packed.layout:
         codes = codes.bitwise_xor(128)
 

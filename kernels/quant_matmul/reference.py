@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .spec import QuantMatmulSpec
+from .spec import SMALLEST, QuantMatmulSpec
 from .weight_format import CanonicalWeight
 
 
 def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes [M, groups, group_size] (zero padded) and fp32 scales [M, groups] of x [M, K].
 
-    A group with NaN or Inf gets a NaN scale, so that its whole row is NaN.
+    A group with NaN or Inf gets a NaN scale, so that its whole row is NaN; one whose absolute maximum is
+    below SMALLEST counts as zero.
     """
     m, k = x.shape
     groups = -(-k // group_size)
@@ -19,10 +20,11 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     padded[:, :k] = x.float()
     v = padded.view(m, groups, group_size)
     largest = v.abs().amax(2)
-    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
-    codes = (v * inverse.unsqueeze(2)).round().clamp(-127, 127)
-    scales = torch.where(largest.isfinite(), largest / 127, torch.nan)
-    return codes.nan_to_num(0.0).to(torch.int8), scales
+    # A division of two tensors: torch computes `127 / tensor` by a reciprocal, which rounds twice.
+    inverse = torch.where(largest >= SMALLEST, torch.full_like(largest, 127) / largest, 0)
+    codes = (v * inverse.unsqueeze(2)).nan_to_num(0.0).round().clamp(-127, 127)
+    scales = torch.where(largest < SMALLEST, 0, largest / 127)
+    return codes.to(torch.int8), torch.where(largest.isfinite(), scales, torch.nan)
 
 
 def quant_matmul(
@@ -38,7 +40,7 @@ def quant_matmul(
         y = x.double() @ weight.dequantize().double().T
     else:
         codes, scales = quantize_activations(x, fmt.group_size)
-        m, groups, size = codes.shape
+        _, groups, size = codes.shape
         w = torch.zeros(weight.n, groups * size, dtype=torch.float64)
         w[:, : weight.k] = weight.codes.double() - fmt.zero_point
         w = w.view(weight.n, groups, size)

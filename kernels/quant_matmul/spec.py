@@ -8,6 +8,8 @@ from ...compiler.errors import UnsupportedError
 from .packing import Geometry
 from .weight_format import WeightFormat
 
+SMALLEST = 2.0**-120  # a group of activations whose absolute maximum is below counts as zero
+
 
 @dataclass(frozen=True)
 class QuantMatmulSpec:
@@ -39,7 +41,9 @@ class QuantMatmulSpec:
     def key(self) -> str:
         """One line that names the problem."""
         extras = f"{'+bias' if self.bias else ''}{'+residual' if self.residual else ''}"
-        return f"{self.n}x{self.k} {self.weight.key()} {self.activation} {self.x_dtype} {self.epilogue}{extras}"
+        return (
+            f"{self.n}x{self.k} {self.weight.key()} {self.activation} {self.x_dtype} {self.epilogue}{extras}"
+        )
 
     @property
     def n_out(self) -> int:

@@ -96,7 +96,9 @@ def _kernel(name: str, spec: QuantMatmulSpec) -> Any:
 
 def _stream(c: Context, block: Any) -> Stream:
     views = {"u8": tir.buffer_at(c.kernel["w"], "uint8")}
-    views["scale"] = tir.buffer_at(c.kernel["w"], c.spec.weight.dtype if c.spec.weight.is_float else c.spec.weight.scale_dtype)
+    views["scale"] = tir.buffer_at(
+        c.kernel["w"], c.spec.weight.dtype if c.spec.weight.is_float else c.spec.weight.scale_dtype
+    )
     return Stream(c.isa, c.spec, views, tir.let(block * c.geometry.block_bytes))
 
 
@@ -240,42 +242,44 @@ def _unit(c: Context, unit: Any, row0: Any, compute: Callable[..., None]) -> Non
 
 def _finish(c: Context, tile: Tile, row0: Any, column: Any, up: Tile | None) -> None:
     """Emit bias, gate, residual and the stores; columns past N and rows past M are not touched."""
-    spec, kernel, lanes = c.spec, c.kernel, c.isa.lanes
-    n = spec.n_out
     for r in range(c.rows):
-        with tir.when(row0 + r < kernel["m"]):
+        with tir.when(row0 + r < c.kernel["m"]):
             for v in range(c.vectors):
-                at = tir.let(column + v * lanes)
+                second = up.get(r, v) if up else None
+                at = tir.let(column + v * c.isa.lanes)
+                _finish_vector(c, tir.let(row0 + r), at, tile.get(r, v), second)
 
-                def value(offset: Any, width: int, first: Any, second: Any) -> Any:
-                    """Finish `width` values that stand at column `offset` of the output."""
-                    if spec.bias:
-                        first = first + tir.load(kernel["bias"], offset, width)
-                    if second is not None:
-                        if spec.bias:
-                            second = second + tir.load(kernel["bias"], offset + n, width)
-                        first = silu(first) * second
-                    if spec.residual:
-                        first = first + tir.to_f32(kernel["residual"], (row0 + r) * n + offset, width)
-                    return first
 
-                def whole() -> None:
-                    result = value(at, lanes, tile.get(r, v), up.get(r, v) if up else None)
-                    tir.from_f32(kernel["y"], (row0 + r) * n + at, result)
+def _finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> None:
+    """Emit one vector of the output, columns [at, at + lanes) of a row; in the last block lane by lane."""
+    n, lanes, y = c.spec.n_out, c.isa.lanes, c.kernel["y"]
+    if n % BLOCK == 0:
+        tir.from_f32(y, row * n + at, _epilogue(c, row, at, lanes, first, second))
+        return
+    with tir.when(at + lanes <= n):
+        tir.from_f32(y, row * n + at, _epilogue(c, row, at, lanes, first, second))
+    with tir.when(at + lanes > n):
+        held = [tir.local("float32", lanes) for value in (first, second) if value is not None]
+        for cell, value in zip(held, (first, second)):
+            tir.store(cell, 0, value)
+        with tir.loop(T.max(n - at, T.int64(0))) as i:
+            values = [tir.load(cell, i) for cell in held]
+            result = _epilogue(c, row, at + i, 1, values[0], values[1] if len(values) > 1 else None)
+            tir.from_f32(y, row * n + at + i, result)
 
-                if n % BLOCK == 0:
-                    whole()
-                    continue
-                with tir.when(at + lanes <= n):
-                    whole()
-                with tir.when(at + lanes > n):
-                    first, second = tir.local("float32", lanes), tir.local("float32", lanes)
-                    tir.store(first, 0, tile.get(r, v))
-                    if up:
-                        tir.store(second, 0, up.get(r, v))
-                    with tir.loop(T.max(n - at, T.int64(0))) as i:
-                        result = value(at + i, 1, tir.load(first, i), tir.load(second, i) if up else None)
-                        tir.from_f32(kernel["y"], (row0 + r) * n + at + i, result)
+
+def _epilogue(c: Context, row: Any, at: Any, width: int, first: Any, second: Any) -> Any:
+    """Return `width` finished values of columns `at` and on; `second` is the up part of a gated pair."""
+    spec, kernel, n = c.spec, c.kernel, c.spec.n_out
+    if spec.bias:
+        first = first + tir.load(kernel["bias"], at, width)
+    if second is not None:
+        if spec.bias:
+            second = second + tir.load(kernel["bias"], at + n, width)
+        first = silu(first) * second
+    if spec.residual:
+        first = first + tir.to_f32(kernel["residual"], row * n + at, width)
+    return first
 
 
 def panel_bytes(isa: Isa, spec: QuantMatmulSpec) -> int:

@@ -8,7 +8,7 @@ from ..shared import tir
 from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import Geometry
-from .spec import QuantMatmulSpec
+from .spec import SMALLEST, QuantMatmulSpec
 
 
 def stored_zero_point(isa: Isa, spec: QuantMatmulSpec) -> int:
@@ -19,7 +19,7 @@ def stored_zero_point(isa: Isa, spec: QuantMatmulSpec) -> int:
 
 
 def correction_kind(isa: Isa, spec: QuantMatmulSpec) -> str:
-    """Return what the quantiser keeps of a group's code sum: "int" (-z * sum), "float" (scale * sum), or ""."""
+    """Return what is kept of a group's code sum: "int" (-z * sum), "float" (scale * sum), or ""."""
     if spec.weight.zero in ("minimum", "integer"):
         return "float"
     return "int" if stored_zero_point(isa, spec) else ""
@@ -62,8 +62,9 @@ def _quantize_group(
         largest.set(T.max(largest.get(), T.abs(value)))
         poison.set(poison.get() + value * tir.f32(0.0, lanes))
     top = tir.let(tir.reduce_max(largest.get()))
-    inverse = tir.let(T.Select(top > T.float32(0), T.float32(127) / top, T.float32(0)))
-    scale = tir.let(top / T.float32(127) + tir.reduce_add(poison.get()))
+    usable = top >= T.float32(SMALLEST)  # below it 127 / top overflows
+    inverse = tir.let(T.Select(usable, T.float32(127) / top, T.float32(0)))
+    scale = tir.let(T.Select(usable, top / T.float32(127), T.float32(0)) + tir.reduce_add(poison.get()))
     total = tir.Register("int32", lanes)
     total.set(tir.i32(0, lanes))
     for v in range(size // lanes):

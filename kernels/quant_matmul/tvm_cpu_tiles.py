@@ -96,7 +96,7 @@ class Stream:
 
 @dataclass
 class Activations:
-    """The quantised rows: `q32` codes seen as int32 (4 codes), `q16x2` int16 codes seen as int32 (2 codes)."""
+    """The quantised rows: `q32` codes seen as int32 (4 each), `q16x2` int16 codes seen so (2 each)."""
 
     q32: Any
     q16x2: Any
@@ -106,7 +106,13 @@ class Activations:
 
 
 def int_tile(
-    stream: Stream, act: Activations, tile: Tile, first_vector: int, one: Any, panel: Any = None, prefetch: int = 0
+    stream: Stream,
+    act: Activations,
+    tile: Tile,
+    first_vector: int,
+    one: Any,
+    panel: Any = None,
+    prefetch: int = 0,
 ) -> None:
     """Emit: tile = codes . activations over all groups, scaled; exact integers inside a group.
 
@@ -134,7 +140,11 @@ def int_tile(
         stream.prefetch_group(group, prefetch)
         acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
         acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
-        wide = [[tir.Register("int32", lanes) for _ in range(vectors)] for _ in range(rows)] if chunk < steps else []
+        wide = (
+            [[tir.Register("int32", lanes) for _ in range(vectors)] for _ in range(rows)]
+            if chunk < steps
+            else []
+        )
 
         def start(r: int) -> Any:
             """The accumulator's first value: the correction where it is free, else zero."""
@@ -149,14 +159,20 @@ def int_tile(
                 operands = [[tir.let(stream.plane(raw, p)) for raw in raws] for p in range(planes)]
             elif pairs:
                 at = (group * steps + step) * (BLOCK * 2) + first_vector * lanes * 2
-                operands = [[tir.let(tir.load(panel["s16"], at + v * lanes * 2, 2 * lanes)) for v in range(vectors)]]
+                operands = [
+                    [tir.let(tir.load(panel["s16"], at + v * lanes * 2, 2 * lanes)) for v in range(vectors)]
+                ]
             else:
                 at = (group * steps + step) * (BLOCK * 4) + first_vector * lanes * 4
-                operands = [[tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]]
+                operands = [
+                    [tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]
+                ]
             for d, codes in enumerate(operands):
                 for r in range(rows):
                     if pairs:
-                        word = tir.load(act.q16x2, (act.row0 + r) * (k_padded // 2) + group * (size // 2) + step)
+                        word = tir.load(
+                            act.q16x2, (act.row0 + r) * (k_padded // 2) + group * (size // 2) + step
+                        )
                     else:
                         index = group * (size // 4) + step * dots_per_step + d
                         word = tir.load(act.q32, (act.row0 + r) * (k_padded // 4) + index)
@@ -198,7 +214,10 @@ def int_tile(
         if spec.weight.zero == "minimum":
             zeros = [tir.let(stream.zero(group, first_vector + v)) for v in range(vectors)]
         elif spec.weight.zero == "integer":
-            zeros = [tir.let(stream.zero(group, first_vector + v) * scales[v] * tir.f32(-1.0, lanes)) for v in range(vectors)]
+            zeros = [
+                tir.let(stream.zero(group, first_vector + v) * scales[v] * tir.f32(-1.0, lanes))
+                for v in range(vectors)
+            ]
         for r in range(rows):
             entry = (act.row0 + r) * g.groups + group
             sa = tir.let(tir.splat(tir.load(act.sa, entry), lanes))
@@ -264,7 +283,9 @@ def float_weights(stream: Stream, group: Any, step: Any, vector: Any) -> list[An
                 code = T.shift_right(up, tir.i32(24, lanes))
             else:
                 down = 8 * j + p * fmt.bits
-                code = T.bitwise_and(T.shift_right(raw, tir.i32(down, lanes)) if down else raw, tir.i32(mask, lanes))
+                code = T.bitwise_and(
+                    T.shift_right(raw, tir.i32(down, lanes)) if down else raw, tir.i32(mask, lanes)
+                )
             if shift and zero is None:
                 code = code - tir.i32(shift, lanes)
             value = tir.cast(code, "float32")
@@ -282,7 +303,9 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
     spec = stream.spec
     tile.clear()
     if spec.weight.is_float:
-        _float_steps(tile, spec.k, lambda k, v: _float_element(stream, k, first_vector + v), xf, row0, k_padded)
+        _float_steps(
+            tile, spec.k, lambda k, v: _float_element(stream, k, first_vector + v), xf, row0, k_padded
+        )
         return
     g = stream.geometry
     run = 4 * g.planes
@@ -296,7 +319,9 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
 
 def _float_element(stream: Stream, k: Any, vector: int) -> Any:
     size = stream.geometry.block_bytes // (BLOCK * stream.spec.k)
-    return tir.to_f32(stream.views["scale"], stream.at // size + k * BLOCK + vector * stream.isa.lanes, stream.isa.lanes)
+    return tir.to_f32(
+        stream.views["scale"], stream.at // size + k * BLOCK + vector * stream.isa.lanes, stream.isa.lanes
+    )
 
 
 def _float_steps(tile: Tile, k: int, weight: Any, xf: Any, row0: Any, k_padded: int) -> None:

@@ -33,7 +33,9 @@ class WeightFormat:
                 raise UnsupportedError(f"a {self.dtype} weight has neither bits nor groups")
             return
         if self.dtype != "int" or self.bits not in (2, 4, 8):
-            raise UnsupportedError(f"no weight format with dtype {self.dtype!r} and {self.bits} bits; bits: 2, 4, 8")
+            raise UnsupportedError(
+                f"no weight format with dtype {self.dtype!r} and {self.bits} bits; bits: 2, 4, 8"
+            )
         if self.group_size not in (32, 64, 128):
             raise UnsupportedError(f"group size {self.group_size} is not one of 32, 64, 128")
         if self.zero not in ("none", "constant", "integer", "minimum") or self.scale_dtype not in _FLOATS:
@@ -154,7 +156,10 @@ class CanonicalWeight:
             inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
             if fmt.zero == "minimum":
                 low = low.to(fmt.torch_scale_dtype).float()
-                codes, zero = ((w - low) * inverse).round().clamp(0, top), low.squeeze(2).to(fmt.torch_scale_dtype)
+                codes, zero = (
+                    ((w - low) * inverse).round().clamp(0, top),
+                    low.squeeze(2).to(fmt.torch_scale_dtype),
+                )
             else:
                 point = (-low * inverse).round().clamp(0, top)
                 codes, zero = (w * inverse + point).round().clamp(0, top), point.squeeze(2).to(torch.uint8)

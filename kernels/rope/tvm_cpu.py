@@ -58,11 +58,15 @@ def bind(spec: RopeSpec, configuration: Configuration, target: Target, library: 
     Any strides, as long as the last one is 1; otherwise the tensor is copied (x, tables) or refused (out).
     """
     serial, threaded = library.function("rope"), library.function("rope_parallel")
+    dtype = getattr(torch, spec.dtype)
 
     def call(
         x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        batch, heads, positions, _ = x.shape
+        batch, heads, positions, head_dim = x.shape
+        if head_dim != spec.head_dim or x.dtype != dtype:
+            raise EdgeFormerError(f"this rope was bound for {spec.key()}, not {x.dtype} {tuple(x.shape)}")
+        _check_tables(cos, sin, batch, positions, spec.rotary_dim // 2)
         if x.stride(3) != 1:
             x = x.contiguous()
         if out is None:
@@ -80,6 +84,16 @@ def bind(spec: RopeSpec, configuration: Configuration, target: Target, library: 
         return out
 
     return call
+
+
+def _check_tables(cos: torch.Tensor, sin: torch.Tensor, batch: int, positions: int, half: int) -> None:
+    """Raise before a kernel could read past the end."""
+    fits = cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
+    if not fits or cos.shape not in ((positions, half), (batch, positions, half), (1, positions, half)):
+        raise EdgeFormerError(
+            f"rope's tables have to be float32 [{positions}, {half}] or [{batch}, {positions}, {half}], "
+            f"not {cos.dtype} {tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}"
+        )
 
 
 FORM = Form(

@@ -127,8 +127,14 @@ def bind(
         step: int = 0,
     ) -> torch.Tensor:
         rows = logits.shape[0]
+        if logits.dim() != 2 or logits.shape[1] != vocab or logits.dtype != torch.float32:
+            raise EdgeFormerError(
+                f"logits have to be float32 [B, {vocab}], not {logits.dtype} {tuple(logits.shape)}"
+            )
         logits = logits.contiguous()
         if previous is not None and previous.numel() and options.repetition_penalty != 1.0:
+            if previous.dtype != torch.int64 or previous.dim() != 2 or previous.shape[0] != rows:
+                raise EdgeFormerError(f"previous has to be int64 [{rows}, *], not {previous.dtype}")
             previous = previous.contiguous()
             if int(previous.max()) >= vocab:
                 raise EdgeFormerError(f"previous holds id {int(previous.max())}, the logits have {vocab}")

@@ -12,13 +12,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tvm
-import tvm.script.ir_builder.tirx as T
+import tvm.script.ir_builder.tirx as T  # pyright: ignore[reportMissingImports]  made at run time
 from tvm import tirx
 from tvm.ir import Call, Op, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 
 _UNBOUNDED = 1 << 40
-_BYTES = {"int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8}
+_BYTES = {
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "float32": 4,
+    "int64": 8,
+}
 
 Expr = Any
 Buffer = Any
@@ -38,7 +48,9 @@ class Kernel:
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         scalars = {n: T.arg(n, tirx.Var(n, "int64" if kind[0] == "*" else kind)) for n, kind in args}
-        self._args = {n: buffer_at(scalars[n], kind[1:]) if kind[0] == "*" else scalars[n] for n, kind in args}
+        self._args = {
+            n: buffer_at(scalars[n], kind[1:]) if kind[0] == "*" else scalars[n] for n, kind in args
+        }
 
     def __getitem__(self, name: str) -> Any:
         return self._args[name]
@@ -51,12 +63,14 @@ class Kernel:
 
 def buffer_at(address: Expr, dtype: str, align: int | None = None) -> Buffer:
     """Return the memory at an int64 address as an unbounded 1-D buffer (`align` in bytes)."""
-    pointer = T.bind(Call(Op.get("tirx.reinterpret"), [address], ret_ty=PointerType(PrimType(dtype), "global")))
+    pointer = T.bind(
+        Call(Op.get("tirx.reinterpret"), [address], ret_ty=PointerType(PrimType(dtype), "global"))
+    )
     return T.decl_buffer((_UNBOUNDED,), dtype, data=pointer, align=align or _BYTES[dtype])
 
 
 def local(dtype: str, size: int) -> Buffer:
-    """Allocate a small array. For an accumulator use `Register`: TVM splits vector accesses to plain arrays."""
+    """Allocate a small array. Accumulators are `Register`s: TVM splits vector accesses to plain arrays."""
     return T.alloc_buffer((size,), dtype, scope="global")
 
 
@@ -77,9 +91,14 @@ class Register:
 
 @contextlib.contextmanager
 def loop(stop: Expr, start: Expr = 0) -> Iterator[Expr]:
-    """Emit a serial loop over [start, stop) with an int64 variable."""
-    with T.serial(_i64(start), _i64(stop)) as i:
-        yield i
+    """Emit a serial loop over [start, stop); it counts from 0, since TVM's passes mishandle other starts."""
+    if isinstance(start, int) and start == 0:
+        with T.serial(T.int64(0), _i64(stop)) as i:
+            yield i
+        return
+    first = let(_i64(start))
+    with T.serial(T.int64(0), let(_i64(stop) - first)) as i:
+        yield let(first + i)
 
 
 @contextlib.contextmanager
@@ -189,27 +208,30 @@ def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
 def prefetch(buffer: Buffer, offset: Expr, locality: int = 3) -> None:
     """Prefetch the line of an element for reading (locality 3: into L1)."""
     address = T.address_of(buffer[_i64(offset)])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(locality), T.int32(1)))
+    T.evaluate(
+        T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(locality), T.int32(1))
+    )
 
 
 def reduce_max(value: Expr) -> Expr:
-    """Return the largest lane of an fp32 vector."""
-    return intrinsic("float32", "llvm.vector.reduce.fmax", value)
+    """Return the largest lane (LLVM's own reduction tests every lane for NaN)."""
+    return _fold(value, T.max)
 
 
 def reduce_add(value: Expr) -> Expr:
-    """Return the sum of the lanes (fp32 or int32; fp32 lanes are added pairwise)."""
-    dtype = "float32" if "float" in _dtype(value) else "int32"
-    if dtype == "int32":
-        return intrinsic("int32", "llvm.vector.reduce.add", value)
+    """Return the sum of the lanes, added in halves."""
+    return _fold(value, lambda a, b: a + b)
+
+
+def _fold(value: Expr, combine: Any) -> Expr:
     lanes = lanes_of(value)
-    if lanes == 1:
-        return value
-    while lanes > 4:  # halving keeps the adds independent; the intrinsic alone would add lane after lane
+    dtype = _dtype(value).rsplit("x", 1)[0]
+    while lanes > 1:
+        cell = Register(dtype, lanes)  # a value that is used twice has to be held: TVM inlines bound ones
+        cell.set(value)
         lanes //= 2
-        low, high = _half(value, 0, lanes), _half(value, lanes, lanes)
-        value = low + high
-    return intrinsic("float32", "llvm.vector.reduce.fadd", T.float32(0), value)
+        value = combine(_half(cell.get(), 0, lanes), _half(cell.get(), lanes, lanes))
+    return value
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
@@ -218,7 +240,8 @@ def maximum(a: Expr, b: Expr) -> Expr:
 
 
 def _half(value: Expr, start: int, count: int) -> Expr:
-    return T.Shuffle([value], [T.int32(start + i) for i in range(count)])
+    indices = [T.int32(start + i) for i in range(count)]
+    return T.Shuffle([value], indices)
 
 
 def _dtype(value: Expr) -> str:

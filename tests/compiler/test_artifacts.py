@@ -107,7 +107,15 @@ def empty(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"")
 
 
-FILE_DAMAGE = [truncate, flip, become_a_folder, become_a_link, become_a_pipe, empty, lambda f, n: (f / n).unlink()]
+FILE_DAMAGE = [
+    truncate,
+    flip,
+    become_a_folder,
+    become_a_link,
+    become_a_pipe,
+    empty,
+    lambda f, n: (f / n).unlink(),
+]
 
 
 @pytest.mark.parametrize("name", ["kernels.so", "notes.txt", "manifest.json"])
@@ -169,13 +177,22 @@ def point_outside(folder: Path) -> None:
 
 
 FOLDER_DAMAGE = [
-    add_a_file, add_a_folder, become_a_file, become_a_linked_folder, become_a_dangling_link, become_a_link_to_itself,
-    let_the_group_write, name_another_problem, point_outside,
-]  # fmt: skip
+    add_a_file,
+    add_a_folder,
+    become_a_file,
+    become_a_linked_folder,
+    become_a_dangling_link,
+    become_a_link_to_itself,
+    let_the_group_write,
+    name_another_problem,
+    point_outside,
+]
 
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGE)
-def test_a_damaged_folder_is_a_miss_and_is_replaced(store: ArtifactStore, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_folder_is_a_miss_and_is_replaced(
+    store: ArtifactStore, damage: Callable[[Path], None]
+) -> None:
     folder, _ = store.put(KEY, build)
     damage(folder)
     assert read_back(store) == (None, 1)
@@ -184,7 +201,8 @@ def test_a_damaged_folder_is_a_miss_and_is_replaced(store: ArtifactStore, damage
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "[]", "3", '"x"', "{}", "[" * 100_000, '{"schema": 1}', "1" * 5_000, "\x00", "{\"schema\": NaN}"]
+    "text",
+    ["null", "[]", "3", '"x"', "{}", "[" * 100_000, '{"schema": 1}', "1" * 5_000, "\x00", '{"schema": NaN}'],
 )
 def test_a_strange_manifest_is_a_miss(store: ArtifactStore, text: str) -> None:
     folder, _ = store.put(KEY, build)

@@ -10,7 +10,14 @@ import pytest
 
 from edgeformer.compiler import target as target_module
 from edgeformer.compiler.errors import TargetError
-from edgeformer.compiler.target import ISA_FEATURES, Target, available_cores, available_memory, detect, known_targets
+from edgeformer.compiler.target import (
+    ISA_FEATURES,
+    Target,
+    available_cores,
+    available_memory,
+    detect,
+    known_targets,
+)
 
 IMPOSSIBLE = dataclasses.replace(detect(), name="imaginary", features=detect().features | {"teleport"})
 
@@ -79,7 +86,14 @@ def test_cores_respect_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "cores"),
-    [("max 100000", 8), ("300000 100000", 3), ("50000 100000", 1), ("900000 100000", 8), ("nonsense", 8), ("", 8)],
+    [
+        ("max 100000", 8),
+        ("300000 100000", 3),
+        ("50000 100000", 1),
+        ("900000 100000", 8),
+        ("nonsense", 8),
+        ("", 8),
+    ],
 )
 def test_cores_respect_the_cgroup(text: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
@@ -115,7 +129,12 @@ def _llvm_cpus(arch: str) -> set[str]:
     import tvm
     from tvm.target import codegen
 
-    return {str(n) for n in codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": f"{arch}-linux-gnu"}))}
+    return {
+        str(n)
+        for n in codegen.llvm_get_cpu_archlist(
+            tvm.target.Target({"kind": "llvm", "mtriple": f"{arch}-linux-gnu"})
+        )
+    }
 
 
 def test_llvm_knows_every_cpu_that_can_be_detected_or_named() -> None:

@@ -26,6 +26,7 @@ class Model:
     chat_template: str | None = "template"
     asked: list[Any] = field(default_factory=list)
     threads: int = 2
+    whole_step_declined: str = "layers differ"
     target: Any = field(default_factory=lambda: SimpleNamespace(name="test-cpu"))
     last_run: Any = field(
         default_factory=lambda: SimpleNamespace(
@@ -124,6 +125,7 @@ def test_report_groups_equal_layers(model: Model):
     assert "layers.0-2.qkv" in result.stderr
     assert "layers.3.qkv" in result.stderr
     assert "odd size" in result.stderr
+    assert "decode runs op by op: layers differ" in result.stderr
     assert "rows=16" in result.stderr
     assert "layers" not in result.stdout
 
@@ -200,9 +202,12 @@ def test_doctor_and_targets():
 
 
 def test_cache_lists_verifies_and_prunes(cache: Path):
+    def write(folder: Path) -> None:
+        (folder / "kernels.so").write_bytes(b"code")
+
     store = ArtifactStore()
     key = ArtifactKey("op", "form", "spec-1", "{}", "cpu", "1", "0")
-    folder, stored = store.put(key, lambda path: (path / "kernels.so").write_bytes(b"code") and None)
+    folder, stored = store.put(key, write)
     assert stored
     rows = json.loads(RUNNER.invoke(cli.app, ["cache", "list", "-o", "json"]).stdout)
     assert rows[0]["key"]["spec"] == "spec-1"

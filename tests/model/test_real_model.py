@@ -18,12 +18,13 @@ pytestmark = pytest.mark.real
 
 CONTEXT = 512
 NEAR_TIE = 0.01  # of the logits' spread: where the two best are closer, either is right
-PROMPTS = [
+PROMPTS = [  # with answers that the model is sure of, so that near ties come late
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,",
+    "January, February, March, April, May, June, July, August, September, October, November, "
+    "December, January,",
+    "def f0(x):\n    return x + 0\n\ndef f1(x):\n    return x + 1\n\ndef f2(x):\n    return",
     "The first ten numbers are one, two, three,",
-    "Monday, Tuesday, Wednesday,",
-    "def factorial(n):\n    if n == 0:\n",
-    "The capital of France is",
-    "January, February, March,",
+    "The alphabet: a b c d e f g h i j k l m n o p q r s t u v w x y z a b c d e f g",
 ]
 
 
@@ -46,8 +47,9 @@ def reference(smollm2):
 
     reader = gguf.GGUFReader(smollm2)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, max_position_embeddings=8192,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )  # fmt: skip
     names = {
@@ -73,14 +75,13 @@ def reference(smollm2):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["exact", "fast"])
-def test_capital_of_france(kind, request):
-    model = request.getfixturevalue(kind)
+def test_capital_of_france(exact):
     pieces: list[str] = []
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = model.chat(question, max_tokens=24, stream=pieces.append)
-    assert "Paris" in answer
-    assert answer == "".join(pieces)
+    answer = exact.chat(question, max_tokens=24, stream=pieces.append)
+    assert answer == "The capital of France is Paris." == "".join(pieces)
+    assert exact.last_run is not None
+    assert exact.last_run.stop_reasons == ("eos",)
 
 
 @torch.no_grad()

@@ -51,11 +51,10 @@ def make_problem(spec: AttentionSpec, batch: int, tq: int, tk: int, seed: int = 
     for name, dim in (("k", spec.head_dim), ("v", spec.v_head_dim)):
         x = torch.randn(batch, tk, spec.num_kv_heads, dim).transpose(1, 2)
         if spec.kv_dtype == "int8":
-            codes, options[f"{name}_scale"] = quantize(x)
-            x = codes
+            x, options[f"{name}_scale"] = quantize(x)
         tensors.append(x.to(kind))
     if spec.layout == "blocked":
-        tensors = list(blocked(spec, *tensors, options))
+        tensors = list(blocked(spec, tensors[0], tensors[1], options))
     q = torch.randn(batch, tq, spec.num_heads, spec.head_dim).transpose(1, 2).to(getattr(torch, spec.q_dtype))
     if spec.mask == "causal_lengths":
         options["lengths"] = torch.randint(0, tk + 1, (batch,), dtype=torch.int32)
@@ -92,10 +91,10 @@ def blocked(spec: AttentionSpec, k: Tensor, v: Tensor, options: dict[str, Any]) 
     return wide_k.view(batch, heads, slots // 16, 16, dim).transpose(3, 4).contiguous(), wide_v
 
 
-def bound(spec: AttentionSpec, isa: str | None = None, **changes: Any) -> Callable[..., Any]:
+def bound(spec: AttentionSpec, isa: str = "", changes: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Return the compiled form's callable for this host (or another composition of it)."""
-    target = detect() if isa is None else detect().with_isa(isa)
-    return launch.bind(OPERATOR, TVM_CPU, spec, {**TVM_CPU.space(spec, target)[0], **changes}, target)
+    target = detect().with_isa(isa) if isa else detect()
+    return launch.bind(OPERATOR, TVM_CPU, spec, {**TVM_CPU.space(spec, target)[0], **(changes or {})}, target)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -135,8 +134,8 @@ class GuardedMemory:
         guard = ctypes.c_void_p(address + pages * mmap.PAGESIZE)
         assert ctypes.CDLL(None, use_errno=True).mprotect(guard, mmap.PAGESIZE, 0) == 0
         start = pages * mmap.PAGESIZE - nbytes
-        copy = torch.frombuffer(area, dtype=torch.uint8, count=nbytes, offset=start).view(x.dtype).view(x.shape)
-        return copy.copy_(x)
+        raw = torch.frombuffer(area, dtype=torch.uint8, count=nbytes, offset=start)
+        return raw.view(x.dtype).view(x.shape).copy_(x)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from edgeformer.compiler.errors import UnsupportedError
+from edgeformer.compiler.errors import EdgeFormerError, UnsupportedError
 from edgeformer.compiler.target import Target, detect
 from edgeformer.kernels.norm import OPERATOR, tvm_cpu
 from edgeformer.kernels.norm.reference import norm, norm_quantized, quantize
@@ -116,6 +116,10 @@ def test_strided_rows_and_in_place_shapes() -> None:
     assert call(cube, weight).shape == cube.shape
     assert_close(call(cube, weight), norm(spec, cube, weight), spec)
     assert call(torch.empty(0, 48), weight).shape == (0, 48)
+    every_other = torch.randn(96)[::2]
+    assert_close(call(cube, every_other), norm(spec, cube, every_other), spec)
+    with pytest.raises(EdgeFormerError, match="bound for"):
+        call(cube, weight[:40])
 
 
 def test_many_rows_in_parallel_and_every_output_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,8 @@ def test_parallel_nan_and_copies() -> None:
     assert_close(call(swapped, cos, sin), rope(spec, swapped, cos, sin), "float32")
     with pytest.raises(EdgeFormerError):
         call(swapped, cos, sin, swapped)
+    with pytest.raises(EdgeFormerError, match="tables have to be"):
+        call(torch.empty(1, 2, 4, 64), cos, sin)
     assert call(torch.empty(1, 2, 0, 64), cos[:0], sin[:0]).shape == (1, 2, 0, 64)
 
 

@@ -112,6 +112,8 @@ def test_repetition_penalty_counts_each_token_once() -> None:
     assert call(-x, options, torch.tensor([[3, -1, -1, 3]])).tolist() == [3]  # 2 / 1.5 = 1.33 still leads
     with pytest.raises(EdgeFormerError, match="previous holds id 4"):
         call(x, options, torch.tensor([[4]]))
+    with pytest.raises(EdgeFormerError, match=r"float32 \[B, 4\]"):
+        call(x[:, :3], options)
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:9])

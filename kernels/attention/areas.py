@@ -1,0 +1,62 @@
+"""Scratch memory of the CPU form: what each thread keeps where. Needs no TVM: the caller allocates it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .spec import AttentionSpec
+
+# Query rows of a register tile that is two vectors wide, by instruction set.
+ROW_STEP = {"avx512_vnni": 12, "avx2": 6, "portable": 4, "portable16": 12}
+
+
+def decode_offsets(spec: AttentionSpec, max_chunk: int) -> list[int]:
+    """Return where a thread's areas start, in bytes, then their size: q, scores, out, bias, scales."""
+    bias = max_chunk if spec.mask == "additive" else 0
+    scales = 2 * max_chunk if spec.kv_dtype == "int8" else 0
+    rows = [spec.group * size for size in (spec.head_dim, max_chunk, spec.v_head_dim)]
+    return _offsets((*rows, bias, scales))
+
+
+def decode_area(spec: AttentionSpec, max_chunk: int) -> int:
+    """Return the bytes of one thread's areas in decode."""
+    return decode_offsets(spec, max_chunk)[-1]
+
+
+def partial_bytes(spec: AttentionSpec, rows: int, chunks: int) -> int:
+    """Return the bytes of decode's partial results: `rows` (batch x heads x queries) in `chunks`."""
+    return 4 * rows * chunks * (spec.v_head_dim + 2) + 192
+
+
+def decode_chunk(tk: int, most: int) -> int:
+    """Return the keys of a chunk: it depends on the context alone, so results do not change with threads."""
+    for limit, chunk in ((512, 64), (2048, 128)):
+        if tk <= limit:
+            return min(chunk, most)
+    return most
+
+
+def prefill_offsets(spec: AttentionSpec, step: int, block_q: int, block_k: int) -> list[int]:
+    """Return where a thread's areas start, in bytes, then their size.
+
+    Areas: q, out, m, l (rows), K panels, V, scores and bias (one row block), bounds and decay of its rows.
+    """
+    rows = -(-max(block_q, spec.group) // step) * step + step
+    bias = step * block_k if spec.mask == "additive" else 0
+    tiles = [rows * spec.head_dim, rows * spec.v_head_dim, rows, rows]
+    tiles += [block_k * spec.head_dim, block_k * spec.v_head_dim, step * block_k, bias]
+    return _offsets((*tiles, 2 * step, step))
+
+
+def whole_block_k(block_k: int) -> int:
+    """Round a tile's keys up to whole panels of every instruction set."""
+    return -(-block_k // 32) * 32
+
+
+def _offsets(elements: Sequence[int]) -> list[int]:
+    """Return byte offsets of fp32 areas, each on its own cache lines, and the total."""
+    offsets, at = [], 0
+    for count in elements:
+        offsets.append(at)
+        at += -(-4 * count // 64) * 64
+    return [*offsets, at]

@@ -1,0 +1,98 @@
+"""The probes' kernels: `read` streams memory once, `dot` and `multiply_add` run register tiles from L1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.target import Target
+from ..shared import tir
+from ..shared.isa.table import Isa, for_target
+from ..shared.tir import T
+from .operations import L1_STEPS, LINE_BYTES, TILE_ROWS, TILE_VECTORS
+
+
+def lower(target: Target) -> list[Any]:
+    """Return the PrimFuncs `read`, `dot` and `multiply_add`."""
+    isa = for_target(target)
+    return [_read(isa), _dot(isa), _multiply_add(isa)]
+
+
+def _read(isa: Isa) -> Any:
+    """XOR of `lines` runs of LINE_BYTES at `data`, split over the threads; 64 bytes a thread to `out`."""
+    k = tir.Kernel("read", [("threads", "int64"), ("lines", "int64"), ("data", "*int32"), ("out", "*int32")])
+    lanes, words = isa.lanes, LINE_BYTES // 4
+    with tir.parallel(k["threads"]) as thread:
+        first = tir.let(T.truncdiv(thread * k["lines"], k["threads"]))
+        last = tir.let(T.truncdiv((thread + 1) * k["lines"], k["threads"]))
+        sums = [tir.Register("int32", lanes) for _ in range(words // lanes)]
+        for part in sums:
+            part.set(tir.i32(0, lanes))
+        with tir.loop(tir.let(last - first)) as i:
+            at = tir.let((first + i) * words)
+            for line in range(LINE_BYTES // 64):
+                tir.prefetch(k["data"], at + line * 16 + 2048)
+            for v, part in enumerate(sums):
+                part.set(T.bitwise_xor(part.get(), tir.load(k["data"], at + v * lanes, lanes)))
+        total: Any = sums[0].get()
+        for part in sums[1:]:
+            total = T.bitwise_xor(total, part.get())
+        tir.store(k["out"], thread * 16, total)
+    return k.finish()
+
+
+def _dot(isa: Isa) -> Any:
+    """`rounds` times L1_STEPS steps of a tile of dot4, on every thread; `data` holds the operands."""
+    k = tir.Kernel("dot", [("threads", "int64"), ("rounds", "int64"), ("data", "int64"), ("out", "*int32")])
+    lanes, rows = isa.lanes, TILE_ROWS[isa.name]
+    kind, width = ("int16", 2 * lanes) if isa.accumulator == "int16" else ("int32", lanes)
+    codes, words = tir.buffer_at(k["data"], "uint8"), tir.buffer_at(k["data"], "int32")
+    with tir.parallel(k["threads"]) as thread:
+        acc = [[tir.Register(kind, width) for _ in range(TILE_VECTORS)] for _ in range(rows)]
+        for row in acc:
+            for cell in row:
+                cell.set(tir.splat(T.int16(0) if kind == "int16" else T.int32(0), width))
+        one = tir.let(T.min(k["threads"], T.int64(1)))
+        with tir.loop(k["rounds"]), tir.loop(one * L1_STEPS) as step:
+            u = [
+                tir.let(tir.load(codes, (step * TILE_VECTORS + v) * 4 * lanes, 4 * lanes))
+                for v in range(TILE_VECTORS)
+            ]
+            for r, row in enumerate(acc):
+                s = tir.let(tir.bits(tir.splat(tir.load(words, step * rows + r), lanes), f"int8x{4 * lanes}"))
+                for v, cell in enumerate(row):
+                    cell.set(isa.dot4(cell.get(), u[v], s))
+        total: Any = tir.i32(0, lanes)
+        for row in acc:
+            for cell in row:
+                total = tir.let(total + isa.widen(cell.get()))
+        tir.store(k["out"], thread * 16, total)
+    return k.finish()
+
+
+def _multiply_add(isa: Isa) -> Any:
+    """As `_dot`, with fp32 multiply-adds; `data` holds floats."""
+    k = tir.Kernel(
+        "multiply_add", [("threads", "int64"), ("rounds", "int64"), ("data", "*float32"), ("out", "*float32")]
+    )
+    lanes, rows = isa.lanes, TILE_ROWS[isa.name]
+    with tir.parallel(k["threads"]) as thread:
+        acc = [[tir.Register("float32", lanes) for _ in range(TILE_VECTORS)] for _ in range(rows)]
+        for row in acc:
+            for cell in row:
+                cell.set(tir.f32(0.0, lanes))
+        one = tir.let(T.min(k["threads"], T.int64(1)))
+        with tir.loop(k["rounds"]), tir.loop(one * L1_STEPS) as step:
+            w = [
+                tir.let(tir.load(k["data"], (step * TILE_VECTORS + v) * lanes, lanes))
+                for v in range(TILE_VECTORS)
+            ]
+            for r, row in enumerate(acc):
+                x = tir.let(tir.splat(tir.load(k["data"], step * rows + r), lanes))
+                for v, cell in enumerate(row):
+                    cell.set(cell.get() + w[v] * x)
+        total: Any = tir.f32(0.0, lanes)
+        for row in acc:
+            for cell in row:
+                total = tir.let(total + cell.get())
+        tir.store(k["out"], thread * 16, total)
+    return k.finish()

@@ -1,0 +1,64 @@
+"""What this machine can do now: read bandwidth and dot products (default: on all cores)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..kernels.probe import TVM_CPU, ProbeSpec
+from ..kernels.probe.operations import LINE_BYTES, dot_operations, multiply_add_operations
+from ..kernels.quant_matmul.packing import aligned_empty
+from . import launch
+from .dispatch import current_target
+from .threads import set_threads
+
+_MEGABYTE = 1 << 20
+_ROUNDS = 20000
+
+
+def read_bandwidth(threads: int | None = None, megabytes: int = 256, repeats: int = 5) -> float:
+    """Return the best bytes per second of a read-only stream over `megabytes`."""
+    count = set_threads(threads)
+    data = aligned_empty(megabytes * _MEGABYTE + 16384)
+    data.fill_(1)
+    out = torch.zeros(count * 16, dtype=torch.int32)
+    read = _library().function("read")
+    lines = megabytes * _MEGABYTE // LINE_BYTES
+    return lines * LINE_BYTES / _best(lambda: read(count, lines, data.data_ptr(), out.data_ptr()), repeats)
+
+
+def int8_dot_peak(threads: int | None = None, repeats: int = 5) -> float:
+    """Return the best operations per second of the target's int8 dot product on operands in L1."""
+    return _tile_peak("dot", threads, repeats) * dot_operations(current_target().isa, _ROUNDS)
+
+
+def float_dot_peak(threads: int | None = None, repeats: int = 5) -> float:
+    """Return the best operations per second of fp32 multiply-adds on operands in L1."""
+    return _tile_peak("multiply_add", threads, repeats) * multiply_add_operations(
+        current_target().isa, _ROUNDS
+    )
+
+
+def _tile_peak(name: str, threads: int | None, repeats: int) -> float:
+    """Return how often a second all threads together finish _ROUNDS rounds of a tile."""
+    count = set_threads(threads)
+    data, out = torch.ones(1 << 14, dtype=torch.float32), torch.zeros(count * 16)
+    function = _library().function(name)
+    return count / _best(lambda: function(count, _ROUNDS, data.data_ptr(), out.data_ptr()), repeats)
+
+
+def _library() -> Any:
+    spec, target = ProbeSpec(), current_target()
+    return launch.load_or_build("probe", TVM_CPU, spec, {}, target)
+
+
+def _best(call: Any, repeats: int) -> float:
+    call()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

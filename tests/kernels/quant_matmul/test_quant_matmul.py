@@ -1,0 +1,342 @@
+"""quant_matmul: every composition against the reference, at odd sizes, on NaN-filled outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from edgeformer.compiler.operator import Declined
+from edgeformer.compiler.target import ISA_FEATURES, Target, detect
+from edgeformer.kernels.quant_matmul import (
+    OPERATOR,
+    TVM_CPU,
+    CanonicalWeight,
+    QuantMatmulSpec,
+    WeightFormat,
+    pack,
+)
+from edgeformer.kernels.quant_matmul.reference import quant_matmul as reference
+from edgeformer.kernels.quant_matmul.reference import quantize_activations
+from edgeformer.kernels.shared import scratch
+from edgeformer.runtime import launch
+
+HERE = [*(name for name, needed in ISA_FEATURES if needed <= detect().features), "portable16"]
+FORMATS = {
+    "int4": (WeightFormat.int4(), 100, 96),
+    "int4-integer-64": (WeightFormat.int4(64, "integer"), 66, 130),
+    "int4-minimum-128": (WeightFormat.int4(128, "minimum"), 98, 300),
+    "int4-minimum": (WeightFormat.int4(zero="minimum"), 64, 70),
+    "int4-128": (WeightFormat.int4(128), 34, 257),
+    "int8": (WeightFormat.int8(), 90, 100),
+    "int8-128": (WeightFormat.int8(128), 70, 140),
+    "int8-constant-64": (WeightFormat.int8(64, "constant"), 36, 65),
+    "int2": (WeightFormat("int", 2, 64, "float16", "constant"), 40, 192),
+    "bfloat16": (WeightFormat.float("bfloat16"), 70, 99),
+    "float16": (WeightFormat.float("float16"), 36, 45),
+    "float32": (WeightFormat.float("float32"), 98, 64),
+}
+EPILOGUES = [  # epilogue, bias, residual
+    ("none", False, False),
+    ("none", True, False),
+    ("none", False, True),
+    ("silu_pair", False, False),
+    ("silu_pair", True, True),
+]
+DTYPES = ["float32", "bfloat16", "float16"]
+ACTIVATIONS = ["int8", "int8", "float"]
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-8 + 1e-5,
+    torch.float16: 2**-11 + 1e-5,
+}  # half a unit of y
+ROWS = (1, 2, 3, 5, 17, 130)
+
+
+def make_spec(fmt: str, activation: str, dtype: str, epilogue: tuple[str, bool, bool]) -> QuantMatmulSpec:
+    weight, n, k = FORMATS[fmt]
+    return QuantMatmulSpec(n, k, weight, activation, dtype, *epilogue)
+
+
+def covering() -> Iterator[Any]:
+    """Every format on every composition; the other options turn, so that all pairs of options occur."""
+    for i, (isa, fmt) in enumerate(itertools.product(HERE, FORMATS)):
+        a, b = divmod(i, len(FORMATS))
+        spec = make_spec(fmt, ACTIVATIONS[(a + b) % 3], DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % 5])
+        yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
+
+
+def product() -> Iterator[Any]:
+    """The whole product of options, without what the kernels do not tell apart."""
+    for isa, fmt, act, dtype, epilogue in itertools.product(
+        HERE, FORMATS, ("int8", "float"), DTYPES, EPILOGUES
+    ):
+        if not (FORMATS[fmt][0].is_float and act == "int8"):
+            spec = make_spec(fmt, act, dtype, epilogue)
+            yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
+
+
+@functools.cache
+def bound(isa: str, spec: QuantMatmulSpec) -> Callable[..., torch.Tensor]:
+    target = detect().with_isa(isa)
+    return launch.bind(OPERATOR, TVM_CPU, spec, TVM_CPU.space(spec, target)[0], target)
+
+
+def random_weight(spec: QuantMatmulSpec) -> CanonicalWeight:
+    return CanonicalWeight.from_float(torch.randn(spec.n, spec.k), spec.weight)
+
+
+def extreme_weight(spec: QuantMatmulSpec) -> CanonicalWeight:
+    """Codes at the ends of their range only."""
+    weight = random_weight(spec)
+    ends = (-128, 127) if spec.weight.zero == "none" else (0, (1 << spec.weight.bits) - 1)
+    ends = tuple(torch.tensor(end, dtype=weight.codes.dtype) for end in ends)
+    codes = torch.where(torch.rand(spec.n, spec.k) < 0.5, *ends)
+    codes[0], codes[1] = ends
+    return dataclasses.replace(weight, codes=codes)
+
+
+def inputs(spec: QuantMatmulSpec, m: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    dtype = getattr(torch, spec.x_dtype)
+    x = torch.randn(m, spec.k).to(dtype)
+    bias = torch.randn(spec.n) if spec.bias else None
+    return x, bias, torch.randn(m, spec.n_out).to(dtype) if spec.residual else None
+
+
+class Guarded:
+    """Outputs and scratch start as NaN; each output lies between canaries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._empty, self._raw = torch.empty, []
+        monkeypatch.setattr(torch, "empty", self._make)
+
+    def _make(self, *shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if dtype == torch.uint8:  # scratch: 0xff bytes are NaN in every float type
+            return self._empty(*shape, dtype=dtype).fill_(255)
+        size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        raw = self._empty(size.numel() + 256, dtype=dtype).fill_(torch.nan)
+        self._raw.append(raw)
+        return raw[128 : 128 + size.numel()].view(size)
+
+    def prepare(self) -> None:
+        """Poison what an earlier call left in the scratch memory."""
+        held = getattr(scratch._local, "buffer", None)
+        if held is not None:
+            held.fill_(255)
+
+    def check(self) -> None:
+        for raw in self._raw:
+            assert raw[:128].isnan().all() and raw[-128:].isnan().all(), "written outside of the output"
+        self._raw.clear()
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
+    return Guarded(monkeypatch)
+
+
+def assert_rows_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Compare y in any type with an fp32 reference, row by row."""
+    assert got.shape == want.shape
+    a, b = got.double(), want.double()
+    error = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-30)
+    assert (error <= TOLERANCE[got.dtype]).all(), (
+        f"relative error {error.max():.2e} in row {int(error.argmax())}"
+    )
+
+
+def compare(
+    isa: str, spec: QuantMatmulSpec, weight: CanonicalWeight, rows: tuple[int, ...], guarded: Guarded
+) -> None:
+    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    for m in rows:
+        x, bias, residual = inputs(spec, m)
+        guarded.prepare()
+        got = call(x, packed, bias, residual)
+        guarded.check()
+        assert got.dtype == x.dtype
+        assert_rows_close(
+            got, reference(spec, x.float(), weight, bias, None if residual is None else residual.float())
+        )
+
+
+@pytest.mark.parametrize(("isa", "spec"), list(covering()))
+def test_against_the_reference(isa: str, spec: QuantMatmulSpec, guarded: Guarded) -> None:
+    compare(isa, spec, random_weight(spec), ROWS, guarded)
+    if not spec.weight.is_float:
+        compare(isa, spec, extreme_weight(spec), (1, 3, 18), guarded)
+    x, bias, residual = inputs(spec, 0)
+    packed = pack(random_weight(spec), detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    assert bound(isa, spec)(x, packed, bias, residual).shape == (0, spec.n_out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("isa", "spec"), list(product()))
+def test_whole_product(isa: str, spec: QuantMatmulSpec, guarded: Guarded) -> None:
+    compare(isa, spec, random_weight(spec), (*ROWS, 15, 16, 513), guarded)
+
+
+# The specs below are built once for each composition and shared by the tests.
+PLAIN = {
+    "int4": make_spec("int4", "int8", "float32", ("none", False, False)),
+    "int8": make_spec("int8", "int8", "float32", ("none", False, False)),
+    "bfloat16": make_spec("bfloat16", "float", "float32", ("none", False, False)),
+}
+plain = pytest.mark.parametrize("name", PLAIN)
+everywhere = pytest.mark.parametrize("isa", HERE)
+
+
+@everywhere
+@plain
+def test_many_rows_and_both_sides_of_each_switch(isa: str, name: str, guarded: Guarded) -> None:
+    compare(isa, PLAIN[name], random_weight(PLAIN[name]), (4, 15, 16, 513), guarded)
+
+
+@everywhere
+@plain
+def test_integers_are_exact(isa: str, name: str) -> None:
+    """Whole numbers come out without any error: the sums of a group never saturate."""
+    spec = PLAIN[name]
+    weight = extreme_weight(spec) if name != "bfloat16" else random_weight(spec)
+    if weight.scale is not None:
+        weight = dataclasses.replace(weight, scale=torch.ones_like(weight.scale))
+    else:
+        weight = dataclasses.replace(weight, codes=torch.randint(-8, 9, (spec.n, spec.k)).to(torch.bfloat16))
+    x = torch.where(torch.rand(20, spec.k) < 0.5, -127.0, 127.0)
+    x[0], x[1], x[2] = 127, -127, 0
+    packed = pack(weight, detect().with_isa(isa))
+    want = x.double() @ weight.dequantize().double().T
+    for rows in (x, x[:3], x[:1]):
+        assert torch.equal(
+            bound(isa, spec)(rows.contiguous(), packed, None, None).double(), want[: len(rows)]
+        )
+
+
+@everywhere
+@plain
+@pytest.mark.parametrize("m", [1, 5, 20])
+def test_nan_and_inf_stay_in_their_rows(isa: str, name: str, m: int) -> None:
+    spec = PLAIN[name]
+    weight = random_weight(spec)
+    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa))
+    x, _, _ = inputs(spec, m)
+    clean = call(x, packed, None, None)
+    for column in (0, 40, spec.k - 1):  # in a first, an inner and a short last group
+        for value in (torch.nan, torch.inf, -torch.inf):
+            bad = x.clone()
+            bad[m // 2, column] = value
+            got = call(bad, packed, None, None)
+            others = torch.arange(m) != m // 2
+            assert torch.equal(got[others], clean[others])
+            assert not got[m // 2].isfinite().any() and (got[m // 2].isnan().all() or name == "bfloat16")
+            assert torch.equal(got.isnan(), reference(spec, bad, weight).isnan())
+
+
+@everywhere
+@plain
+def test_zero_and_tiny_rows(isa: str, name: str) -> None:
+    spec = PLAIN[name]
+    packed = pack(random_weight(spec), detect().with_isa(isa))
+    x = torch.zeros(4, spec.k)
+    x[1], x[2, 5], x[3] = 1e-39, 1e-45, 1e-30 * torch.randn(spec.k)
+    for rows in (x, x.repeat(8, 1)):
+        got = bound(isa, spec)(rows, packed, None, None)
+        assert (got[0] == 0).all() and got.isfinite().all() and got.abs().max() < 1e-25
+
+
+@everywhere
+@plain
+def test_misaligned_memory(isa: str, name: str) -> None:
+    """Views that start anywhere: the kernels assume no more than an element's alignment."""
+    spec = PLAIN[name]
+    weight = random_weight(spec)
+    packed = pack(weight, detect().with_isa(isa))
+    room = torch.empty(packed.nbytes + 64, dtype=torch.uint8)
+    for offset, m in ((1, 1), (3, 3), (5, 20)):
+        memory = torch.randn(offset + m * spec.k)
+        x = memory[offset:].view(m, spec.k)
+        assert_rows_close(bound(isa, spec)(x, packed, None, None), reference(spec, x, weight))
+        # The packed buffer itself is only as aligned as a scale.
+        start = -room.data_ptr() % 64 + 4 * offset
+        moved = type(packed)(room[start : start + packed.nbytes].copy_(packed.buffer), *tuple_of(packed))
+        assert_rows_close(bound(isa, spec)(x, moved, None, None), reference(spec, x, weight))
+
+
+def tuple_of(packed: Any) -> tuple[WeightFormat, int, int, str]:
+    return packed.format, packed.n, packed.k, packed.layout
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_threads(count: int) -> None:
+    before = torch.get_num_threads()
+    spec = PLAIN["int4"]
+    weight = random_weight(spec)
+    try:
+        torch.set_num_threads(count)
+        for m in (1, 5, 40):
+            x, _, _ = inputs(spec, m)
+            got = bound(HERE[0], spec)(x, pack(weight, detect().with_isa(HERE[0])), None, None)
+            assert_rows_close(got, reference(spec, x, weight))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_tile_of_the_space_is_right() -> None:
+    """Register tiles and switches change the code; prefetch distances do not change what is computed."""
+    spec, target = PLAIN["int4"], detect()
+    weight = random_weight(spec)
+    packed = pack(weight, target)
+    seen = set()
+    for configuration in TVM_CPU.space(spec, target):
+        shape = (configuration["small_rows"], configuration["large_rows"])
+        if shape in seen or (configuration["prefetch"] == 4096 and shape != (2, 4)):
+            continue
+        seen.add(shape)
+        call = launch.bind(OPERATOR, TVM_CPU, spec, configuration | {"gemm_from": 8}, target)
+        for m in (1, 5, 7, 8, 29):
+            x, _, _ = inputs(spec, m)
+            assert_rows_close(call(x, packed, None, None), reference(spec, x, weight))
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("name", ["znver5", "znver3", "x86-64-v2", "raspberry-pi-5"])
+def test_space_starts_with_a_member_that_names_every_axis(name: str) -> None:
+    found = TVM_CPU.space(PLAIN["int4"], Target.parse(name))
+    assert set(found[0]) == {"small_rows", "large_rows", "prefetch", "gemm_from"}
+    assert len({tuple(c.items()) for c in found}) == len(found)
+
+
+def test_the_form_declines_with_a_reason() -> None:
+    stored = QuantMatmulSpec(8, 32, WeightFormat.int8(32, "minimum"))
+    answer = TVM_CPU.decide(stored, detect())
+    assert isinstance(answer, Declined) and "8-bit" in answer.reason
+    elsewhere = dataclasses.replace(detect(), backends=("torch",), name="bare")
+    answer = TVM_CPU.decide(PLAIN["int4"], elsewhere)
+    assert isinstance(answer, Declined) and "bare" in answer.reason
+    assert TVM_CPU.decide(PLAIN["int4"], detect()) is None
+
+
+def test_the_reference_is_the_dequantised_product() -> None:
+    """With codes that the int8 quantiser reproduces exactly, both activations give x @ W.T."""
+    for fmt, n, k in FORMATS.values():
+        weight = CanonicalWeight.from_float(torch.randn(n, k), fmt)
+        x = torch.randint(-127, 128, (3, k)).float()
+        if not fmt.is_float:
+            x[:, :: fmt.group_size] = 127
+        want = x.double() @ weight.dequantize().double().T
+        for activation in ("int8", "float"):
+            spec = QuantMatmulSpec(n, k, fmt, activation)
+            assert_rows_close(reference(spec, x, weight), want.float())
+
+
+def test_the_quantiser_by_hand() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, 4.0], [0.0, 0.0, 0.0, 0.0, torch.inf]])
+    codes, scales = quantize_activations(x, 4)
+    assert codes[0, 0].tolist() == [127, 0, 2, -2] and codes[0, 1].tolist() == [127, 0, 0, 0]
+    assert scales[0].tolist() == pytest.approx([1.0, 4 / 127])
+    assert scales[1, 0] == 0 and scales[1, 1].isnan() and (codes[1] == 0).all()

@@ -1,0 +1,169 @@
+"""The whole step against the eager decoder, and the contract of its segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import edgeformer
+from edgeformer.compiler.errors import CapacityError, UnsupportedError
+from edgeformer.kernels.quant_matmul import CanonicalWeight, pack
+from edgeformer.model import compiled as compiled_module
+from edgeformer.model.compiled import CompiledDecoder, self_check
+from edgeformer.model.decoder import Block, Decoder
+from edgeformer.runtime.kv_cache import KVCache
+
+
+def load(tiny: Any, activation: str = "float", kv: str = "fp32") -> tuple[Decoder, CompiledDecoder]:
+    model = edgeformer.load(tiny.path, activation=activation, kv=kv, whole_step=False, threads=2)
+    return model.decoder, CompiledDecoder(model.decoder, model.target, kv)
+
+
+def new_cache(decoder: Decoder, kv: str = "fp32", batch: int = 1) -> KVCache:
+    c = decoder.config
+    return KVCache(c.num_layers, batch, c.num_kv_heads, c.head_dim, decoder.context, dtype=kv)
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def tokens(decoder: Decoder, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, decoder.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pair(make_gguf: Callable[..., Any]) -> tuple[Decoder, CompiledDecoder]:
+    return load(make_gguf("Q4_1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv"), [("F32", "fp32"), ("Q4_0", "bf16"), ("Q8_0", "int8"), ("Q4_1", "fp16")]
+)
+def test_every_layer_of_the_step_equals_the_eager_one(
+    make_gguf: Callable[..., Any], kind: str, kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, compiled = load(make_gguf(kind), "int8", kv)
+    assert self_check(compiled, decoder, kv) == ""
+    monkeypatch.setattr(compiled_module, "_TOLERANCE", 1e-9)  # the check is able to fail
+    assert "differs" in self_check(compiled, decoder, kv)
+
+
+def test_self_check_finds_a_wrong_weight(make_gguf: Callable[..., Any]) -> None:
+    decoder, compiled = load(make_gguf("Q4_0"), "int8", "bf16")
+    block = decoder.layers[1]
+    assert isinstance(block, Block)
+    wrong = block.o.weight.unpack()
+    compiled.program.bind_handle(
+        1, "o", pack(CanonicalWeight(wrong.format, wrong.codes.flip(0), wrong.scale))
+    )
+    assert "layer 1" in self_check(compiled, decoder, "bf16")
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5,), (8,), (2, 1, 1, 3, 1)])
+def test_steps_over_one_cache_equal_the_eager_model(
+    pair: tuple[Decoder, CompiledDecoder], lengths: tuple[int, ...]
+) -> None:
+    decoder, compiled = pair
+    ids = tokens(decoder, 1, sum(lengths))
+    eager, ours = new_cache(decoder), new_cache(decoder)
+    start = 0
+    for length in lengths:
+        chunk = ids[:, start : start + length]
+        wanted = decoder(chunk, eager, start, last_only=False)
+        assert error(compiled(chunk, ours, start, last_only=False), wanted) < 1e-4
+        start += length
+
+
+def test_ragged_batch(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    ids, lengths = tokens(decoder, 5, 13), torch.tensor([13, 9, 12, 1, 4], dtype=torch.int32)
+    eager, ours = new_cache(decoder, batch=5), new_cache(decoder, batch=5)
+    for cache in (eager, ours):
+        decoder(ids, cache, 0, lengths)
+    following = tokens(decoder, 5, 1, seed=1)
+    wanted = decoder(following, eager, 13, lengths + 1)
+    assert error(compiled(following, ours, 13, lengths + 1), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 8])
+def test_a_core_of_two_layers_runs_any_number_of_times(
+    pair: tuple[Decoder, CompiledDecoder], repeats: int
+) -> None:
+    decoder, compiled = pair
+    ids = tokens(decoder, 1, 4)
+    cos, sin = decoder.rope_rows(0, 4, None)
+    x = wanted = decoder.embed(ids)
+    for turn in range(repeats):
+        eager, ours = new_cache(decoder), new_cache(decoder)
+        for i, layer in enumerate(decoder.layers):
+            eager.length = 0
+            wanted = layer(wanted, eager.layer(i), 0, cos, sin, None)
+        x = compiled.program.run(ours, 0, cos, sin, hidden=x, first=0, count=2, head=False)
+        assert error(x, wanted) < 1e-4, turn
+
+
+def test_a_speculation_of_20_tokens_is_rolled_back(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    ids, guessed = tokens(decoder, 1, 30), tokens(decoder, 1, 20, seed=7)
+    eager, ours = new_cache(decoder), new_cache(decoder)
+    decoder(ids[:, :10], eager, 0)
+    compiled(ids[:, :10], ours, 0)
+    for start in range(0, 20, 5):
+        compiled(guessed[:, start : start + 5], ours, 10 + start)
+    assert ours.length == 30
+    ours.rollback(20)
+    for at in range(10, 30):
+        wanted = decoder(ids[:, at : at + 1], eager, at)
+        assert error(compiled(ids[:, at : at + 1], ours, at), wanted) < 1e-4
+
+
+def test_an_adapter_is_swapped_without_compiling(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    block = decoder.layers[0]
+    assert isinstance(block, Block)
+    original = block.down.weight
+    canonical = original.unpack()
+    merged = canonical.dequantize() + 0.05 * torch.randn(canonical.n, 4) @ torch.randn(4, canonical.k)
+    adapted = pack(CanonicalWeight.from_float(merged, canonical.format))
+    ids = tokens(decoder, 1, 6)
+    before = compiled(ids, new_cache(decoder), 0)
+    try:
+        block.down.weight = adapted
+        compiled.program.bind_handle(0, "down", adapted)
+        wanted = decoder(ids, new_cache(decoder), 0)
+        assert error(compiled(ids, new_cache(decoder), 0), wanted) < 1e-4
+        assert error(wanted, before) > 1e-3
+    finally:
+        block.down.weight = original
+        compiled.program.bind_handle(0, "down", original)
+    assert torch.equal(compiled(ids, new_cache(decoder), 0), before)
+
+
+def test_embeddings_as_input(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    hidden = torch.randn(1, 3, decoder.config.hidden_size)
+    wanted = decoder(hidden, new_cache(decoder), 0, last_only=False)
+    assert error(compiled(hidden, new_cache(decoder), 0, last_only=False), wanted) < 1e-4
+
+
+def test_what_does_not_fit_is_refused(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    cos, sin = decoder.rope_rows(0, 9, None)
+    with pytest.raises(CapacityError, match="8 rows"):
+        compiled.program.run(new_cache(decoder), 0, cos, sin, ids=tokens(decoder, 1, 9))
+    with pytest.raises(CapacityError, match="do not fit"):
+        compiled.program.run(new_cache(decoder), decoder.context, cos, sin, ids=tokens(decoder, 1, 1))
+    with pytest.raises(UnsupportedError, match="no handle"):
+        compiled.program.bind_handle(0, "nothing", None)
+    with pytest.raises(UnsupportedError, match="wants"):
+        compiled.program.bind_handle(0, "o", decoder.layers[0].gate_up.weight)  # pyright: ignore
+
+
+def test_head_sizes_without_whole_blocks_run_op_by_op(make_gguf: Callable[..., Any]) -> None:
+    model = edgeformer.load(make_gguf("Q4_0", head_dim=48).path, threads=2)
+    assert "whole blocks" in model.whole_step_declined
+    assert model.generate([1, 2, 3], max_tokens=4, ignore_eos=True)
