@@ -137,7 +137,7 @@ class StepProgram:
         chunk = decode_chunk(tk, int(self.configuration["chunk"]))
         ks = kv.k_scale.stride()[:2] if kv.k_scale is not None else (0, 0)
         (self._step_1 if m == 1 else self._step_n)(
-            threads, batch, tq, position,
+            threads, 1, batch, tq, position,
             count, self._table.data_ptr() + first * len(LAYER_SLOTS) * 8,
             0 if ids is None else ids.contiguous().data_ptr(),
             0 if ids is None else self.embed.buffer.data_ptr(),

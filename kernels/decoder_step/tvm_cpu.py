@@ -28,7 +28,7 @@ from .spec import LAYER_SLOTS, DecoderStepSpec
 from .workspace import thread_area
 
 ARGUMENTS = [
-    ("threads", "int64"), ("batch", "int64"), ("tq", "int64"), ("position", "int64"),
+    ("threads", "int64"), ("one", "int64"), ("batch", "int64"), ("tq", "int64"), ("position", "int64"),
     ("layers", "int64"), ("table", "*int64"),
     ("ids", "*int64"), ("embed", "int64"), ("head", "int64"), ("head_norm", "*float32"),
     ("x", "*float32"), ("qkv", "*float32"), ("attended", "*float32"), ("gated", "*float32"),
@@ -130,7 +130,13 @@ class _Step:
     def _context(self, name: str, buffers: dict[str, Any]) -> Context:
         """Return a product's emission context over this thread's scratch."""
         vectors = 32 // self.isa.lanes
-        k = {"m": self.m, "threads": self.kernel["threads"], "codes": self.codes, "sums": self.sums}
+        k = {
+            "m": self.m,
+            "threads": self.kernel["threads"],
+            "one": self.kernel["one"],
+            "codes": self.codes,
+            "sums": self.sums,
+        }
         k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
         self.current = Context(
             self.isa, self.spec.matmul(name), k, self.rows, vectors if self.rows == 1 else min(2, vectors)

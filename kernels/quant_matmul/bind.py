@@ -52,6 +52,7 @@ def bind(
         function(
             m,
             threads,
+            1,
             x.data_ptr(),
             weight.buffer.data_ptr(),
             0 if bias is None else bias.data_ptr(),

@@ -26,7 +26,8 @@ from .tvm_cpu_tiles import (
     panel_tile,
 )
 
-ARGUMENTS = ("m", "threads", "x", "w", "bias", "residual", "y", "codes", "scales", "sums", "panel")
+# "one" is 1 at run time: a trip count times it is one that LLVM cannot know.
+ARGUMENTS = ("m", "threads", "one", "x", "w", "bias", "residual", "y", "codes", "scales", "sums", "panel")
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Context:
         k = self.kernel
         q = tir.buffer_at(k["codes"], "int16" if wide else "int8")
         sc = tir.buffer_at(k["sums"], "int32" if correction_kind(self.isa, self.spec) == "int" else "float32")
-        return {"q16" if wide else "q": q, "sa": k["scales"], "sc": sc}
+        return {"q16" if wide else "q": q, "sa": k["scales"], "sc": sc, "rows": self.rows}
 
 
 def padded_k(spec: QuantMatmulSpec) -> int:
@@ -88,7 +89,14 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
 
 
 def _kernel(name: str, spec: QuantMatmulSpec) -> Any:
-    types = {"m": "int64", "threads": "int64", "x": "*" + spec.x_dtype, "w": "int64", "bias": "*float32"}
+    types = {
+        "m": "int64",
+        "threads": "int64",
+        "one": "int64",
+        "x": "*" + spec.x_dtype,
+        "w": "int64",
+        "bias": "*float32",
+    }
     types |= {"residual": "*" + spec.x_dtype, "y": "*" + spec.x_dtype, "codes": "int64", "scales": "*float32"}
     types |= {"sums": "int64", "panel": "int64"}
     return tir.Kernel(name, [(a, types[a]) for a in ARGUMENTS])
@@ -151,7 +159,7 @@ def direct_share(c: Context, thread: Any, prefetch: int, together: int = 1) -> N
     def compute(stream: Stream, tile: Tile, first: int, row0: Any) -> None:
         if c.integer:
             act = _activations(c, row0, wide=False)
-            int_tile(stream, act, tile, first, _one(c), prefetch=prefetch if first == 0 else 0)
+            int_tile(stream, act, tile, first, c.kernel["one"], prefetch=prefetch if first == 0 else 0)
         else:
             float_tile(stream, tir.buffer_at(kernel["codes"], "float32"), row0, c.k_padded, tile, first)
 
@@ -190,7 +198,7 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
         def compute(stream: Stream, tile: Tile, first: int, row0: Any, part: int = 0) -> None:
             if c.integer:
                 act = _activations(c, row0, wide=c.pairs)
-                int_tile(stream, act, tile, first, _one(c), panel=panels[part])
+                int_tile(stream, act, tile, first, c.kernel["one"], panel=panels[part])
             else:
                 xf = tir.buffer_at(kernel["codes"], "float32")
                 panel_tile(tile, panels[part]["f32"], first, xf, row0, c.k_padded, spec.k)
@@ -198,11 +206,6 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
         with tir.loop(tiles) as t:
             _unit(c, unit, tir.let(t * rows), compute)
     return kernel.finish()
-
-
-def _one(c: Context) -> Any:
-    """Return 1 in a way that the compiler cannot see."""
-    return tir.let(T.min(c.kernel["threads"], T.int64(1)))
 
 
 def shared_range(total: int, thread: Any, threads: Any) -> tuple[Any, Any]:

@@ -25,11 +25,19 @@ def correction_kind(isa: Isa, spec: QuantMatmulSpec) -> str:
     return "int" if stored_zero_point(isa, spec) else ""
 
 
+def scale_entry(row: Any, group: Any, groups: int, rows: int) -> Any:
+    """Return where the scale of (row, group) stands: [row tiles][groups][rows], as a tile reads them."""
+    if rows == 1:
+        return row * groups + group
+    tile = T.truncdiv(row, T.int64(rows))
+    return tile * (groups * rows) + group * rows + T.truncmod(row, T.int64(rows))
+
+
 def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[str, Any], row: Any) -> None:
     """Emit: quantise row `row` of x (starting at element `x_at`) group by group.
 
-    `out`: "q" int8 codes [M, Kpad], "q16" the same as int16 (either may be None), "sa" scales
-    [M, groups], "sc" the correction [M, groups]. A group with NaN or Inf gets a NaN scale.
+    `out`: "q" int8 codes [M, Kpad], "q16" the same as int16 (either may be None), "sa" scales and
+    "sc" the corrections (see `scale_entry`), "rows" the rows of a tile. NaN or Inf makes a NaN scale.
     """
     g = Geometry(spec.weight, spec.k)
     size, full = spec.weight.group_size, spec.k // spec.weight.group_size
@@ -76,7 +84,7 @@ def _quantize_group(
             tir.store(out["q"], where, tir.cast(code, "int8"))
         if out.get("q16") is not None:
             tir.store(out["q16"], where, tir.cast(code, "int16"))
-    entry = tir.let(row * g.groups + group)
+    entry = tir.let(scale_entry(row, group, g.groups, out["rows"]))
     tir.store(out["sa"], entry, scale)
     kind = correction_kind(isa, spec)
     if kind == "int":
@@ -100,10 +108,11 @@ def clear_row(isa: Isa, spec: QuantMatmulSpec, out: dict[str, Any], row: Any) ->
     """Emit: a padding row whose every product is zero."""
     g = Geometry(spec.weight, spec.k)
     with tir.loop(g.groups) as group:
-        tir.store(out["sa"], row * g.groups + group, T.float32(0))
+        entry = tir.let(scale_entry(row, group, g.groups, out["rows"]))
+        tir.store(out["sa"], entry, T.float32(0))
         if correction_kind(isa, spec):
             zero = T.int32(0) if correction_kind(isa, spec) == "int" else T.float32(0)
-            tir.store(out["sc"], row * g.groups + group, zero)
+            tir.store(out["sc"], entry, zero)
     for name in ("q", "q16"):
         if out.get(name) is not None:
             lanes = isa.lanes

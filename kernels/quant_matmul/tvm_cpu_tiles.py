@@ -138,6 +138,7 @@ def int_tile(
     tile.clear()
     with tir.loop(g.groups) as group:
         stream.prefetch_group(group, prefetch)
+        entries = tir.let(act.row0 * g.groups + group * rows)  # scales lie as [row tiles][groups][rows]
         acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
         acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
         wide = (
@@ -149,7 +150,7 @@ def int_tile(
         def start(r: int) -> Any:
             """The accumulator's first value: the correction where it is free, else zero."""
             if correction == "int" and not narrow:
-                return tir.splat(tir.load(act.sc, (act.row0 + r) * g.groups + group), lanes)
+                return tir.splat(tir.load(act.sc, entries + r), lanes)
             return tir.splat(T.int16(0) if narrow else T.int32(0), width)
 
         def one_step(step: Any) -> None:
@@ -185,9 +186,14 @@ def int_tile(
                 for s in range(count):
                     one_step(first + s)
                 return
-            # One step an iteration: LLVM would unroll a known count and spill what it hoists.
-            with tir.loop(one * count) as s:
+            # The first steps in a line start the accumulators without an addition; the others in a loop
+            # whose count LLVM cannot know: it would unroll a known one and spill what it hoists.
+            peeled = 2 if count % 2 == 0 else 1
+            for s in range(peeled):
                 one_step(tir.let(first + s))
+            with tir.loop(one * ((count - peeled) // peeled)) as s:
+                for i in range(peeled):
+                    one_step(tir.let(first + peeled + s * peeled + i))
 
         def begin() -> None:
             for r in range(rows):
@@ -219,7 +225,7 @@ def int_tile(
                 for v in range(vectors)
             ]
         for r in range(rows):
-            entry = (act.row0 + r) * g.groups + group
+            entry = entries + r
             sa = tir.let(tir.splat(tir.load(act.sa, entry), lanes))
             for v in range(vectors):
                 if wide:
