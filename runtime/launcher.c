@@ -45,6 +45,17 @@ int ef_parallel_launch(ParallelLambda lambda, void *data, int num_task) {
   return launch.result;
 }
 
+static void count_team(void *argument) {
+  if (thread_num() == 0) *(int *)argument = num_threads();
+}
+
+/* The threads that a launch really gets: a limit of the environment may give fewer than asked for. */
+int ef_team_size(void) {
+  int count = 1;
+  if (max_threads() > 1 && !in_parallel()) gomp_parallel(count_team, &count, (unsigned)max_threads(), 0);
+  return count;
+}
+
 void *ef_workspace_alloc(int device_type, int device_id, uint64_t bytes, int code, int bits) {
   void *memory = 0;
   (void)device_type, (void)device_id, (void)code, (void)bits;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.errors import CapacityError, UnsupportedError
+from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
 from ..compiler.target import Target
 from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes
 from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
@@ -18,6 +18,7 @@ from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.packing import aligned_empty
 from . import launch
 from .kv_cache import KVCache
+from .threads import team_size
 
 MAX_ROWS = 8
 _BARRIER_BYTES = 256
@@ -41,14 +42,14 @@ class StepProgram:
         head_norm: Tensor,
         configuration: dict[str, Any] | None = None,
     ) -> None:
-        from ..compiler.errors import DeclinedError
-
         declined = TVM_CPU.decide(spec, target)
         if declined is not None:
             raise DeclinedError(f"the whole step: {declined.reason}")
         self.spec, self.target = spec, target
         self.configuration = configuration or TVM_CPU.space(spec, target)[0]
         library = launch.load_or_build("decoder_step", TVM_CPU, spec, self.configuration, target)
+        if library.handle is None:
+            raise DeclinedError("the whole step: without a linker kernels run on TVM's own thread pool")
         self._step_1, self._step_n = library.function("step_1"), library.function("step_n")
         self._rows = int(self.configuration["small_rows"])
         self.layers = len(layers)
@@ -60,7 +61,7 @@ class StepProgram:
             for name, value in handles.items():
                 self.bind_handle(row, name, value)
         self._cache: KVCache | None = None
-        self._threads = 0
+        self._threads = self._asked = 0
         self._keys = 0
 
     def bind_handle(self, layer: int, name: str, value: Tensor | PackedWeight | None) -> None:
@@ -122,9 +123,11 @@ class StepProgram:
             raise CapacityError(f"{position + tq} tokens do not fit a KV cache of {cache.capacity}")
         if cache is not self._cache:
             self.bind_cache(cache)
-        threads, tk = torch.get_num_threads(), position + tq
-        if threads != self._threads or tk > self._keys:
-            self._allocate(threads, cache.capacity)
+        tk = position + tq
+        if torch.get_num_threads() != self._asked or tk > self._keys:
+            self._asked = torch.get_num_threads()
+            self._allocate(team_size(), cache.capacity)
+        threads = self._threads
         kv = cache.layer(min(first, self.layers - 1))
         if ids is not None:
             check_ids(ids, spec.vocab)

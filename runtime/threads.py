@@ -34,6 +34,11 @@ def set_threads(count: int | None = None) -> int:
     return count
 
 
+def team_size() -> int:
+    """Return how many threads a launch really gets; a kernel with barriers must not count on more."""
+    return int(launcher().ef_team_size())
+
+
 def attach(library: tvm_llvm.LoadedLibrary) -> None:
     """Point a loaded library's parallel launch and workspace calls at the shared pool."""
     shim = launcher()

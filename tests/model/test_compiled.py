@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -167,3 +170,19 @@ def test_head_sizes_without_whole_blocks_run_op_by_op(make_gguf: Callable[..., A
     model = edgeformer.load(make_gguf("Q4_0", head_dim=48).path, threads=2)
     assert "whole blocks" in model.whole_step_declined
     assert model.generate([1, 2, 3], max_tokens=4, ignore_eos=True)
+
+
+def test_fewer_threads_than_asked_for_do_not_hang(make_gguf: Callable[..., Any]) -> None:
+    """A launch that gets one thread of two must not wait for the other at a barrier."""
+    program = (
+        "import sys, edgeformer\n"
+        "model = edgeformer.load(sys.argv[1], threads=2)\n"
+        "assert not model.whole_step_declined, model.whole_step_declined\n"
+        "print(len(model.generate([1, 2, 3], max_tokens=4, ignore_eos=True)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(make_gguf("Q4_0").path)],
+        env=os.environ | {"OMP_THREAD_LIMIT": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "4"
