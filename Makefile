@@ -3,8 +3,8 @@
 #
 # EF_VENV=FOLDER uses an existing environment as it is: nothing is installed into it.
 # PYTHON chooses the interpreter of a new one. PIP_ARGS adds options to pip, for example
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# which keeps pip from fetching torch's CUDA build on Linux.
+#   make demo PIP_ARGS="--extra-index-url URL"
+# with the address of PyTorch's CPU wheels, which keeps pip from fetching torch's CUDA build on Linux.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -55,7 +55,10 @@ def random_q4_0(rows: int, columns: int, random: np.random.Generator) -> np.ndar
 
 def write(path: Path, tokenizer_from: Path, shape: Shape, seed: int = 0) -> None:
     """Write the file; the tokenizer is copied, so that every engine can load it."""
-    import gguf
+    try:
+        import gguf
+    except ImportError as error:
+        raise typer.BadParameter("writing GGUF files needs the package gguf: pip install gguf") from error
 
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")

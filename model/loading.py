@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ..compiler.errors import FormatError, UnsupportedError
 from ..compiler.target import Target
+from ..runtime import ops
 from ..runtime.dispatch import use_target
 from ..runtime.threads import set_threads
 from .compiled import compile_decoder
@@ -95,6 +98,7 @@ def load(
         compiled, model.whole_step_declined = compile_decoder(decoder, resolved, kv)
         if compiled is not None:
             model.step = compiled
+        ops.sample(torch.zeros(1, decoder.config.vocab_size))  # built now, not between two tokens
     return model
 
 
