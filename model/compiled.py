@@ -57,6 +57,17 @@ class CompiledDecoder:
 
     def __init__(self, decoder: Decoder, target: Target, kv: str) -> None:
         self.decoder = decoder
+        self.target, self.kv = target, kv
+        self.program = self._bind()
+        decoder.register_load_state_dict_post_hook(lambda *_: self._rebind())
+
+    def _rebind(self) -> None:
+        """Take up the weights that a state dict has brought: packed anew, they lie at other addresses."""
+        self.program = self._bind()
+
+    def _bind(self) -> StepProgram:
+        """Return the program over the decoder's present weights."""
+        decoder = self.decoder
         layers = []
         for block in decoder.layers:
             assert isinstance(block, Block)
@@ -71,9 +82,9 @@ class CompiledDecoder:
                     "down": block.down.weight,
                 }
             )
-        self.program = StepProgram(
-            step_spec(decoder, kv),
-            target,
+        return StepProgram(
+            step_spec(decoder, self.kv),
+            self.target,
             layers,
             decoder.embed.weight,
             decoder.head.weight,

@@ -131,6 +131,7 @@ class StepProgram:
         kv = cache.layer(min(first, self.layers - 1))
         if ids is not None:
             check_ids(ids, spec.vocab)
+            ids = ids.contiguous()  # held here: the kernel gets the bare address
         if hidden is not None:
             self._x[: m * spec.hidden] = hidden.reshape(-1)
         logits = torch.empty(batch, tq, spec.vocab) if head else None
@@ -142,7 +143,7 @@ class StepProgram:
         (self._step_1 if m == 1 else self._step_n)(
             threads, 1, batch, tq, position,
             count, self._table.data_ptr() + first * len(LAYER_SLOTS) * 8,
-            0 if ids is None else ids.contiguous().data_ptr(),
+            0 if ids is None else ids.data_ptr(),
             0 if ids is None else self.embed.buffer.data_ptr(),
             self.head.buffer.data_ptr() if head else 0,
             self.head_norm.data_ptr(),

@@ -146,6 +146,24 @@ def test_an_adapter_is_swapped_without_compiling(pair: tuple[Decoder, CompiledDe
     assert torch.equal(compiled(ids, new_cache(decoder), 0), before)
 
 
+def test_a_loaded_state_dict_reaches_the_program(make_gguf: Callable[..., Any]) -> None:
+    decoder, compiled = load(make_gguf("Q4_0"))
+    other, _ = load(make_gguf("Q4_0", seed=1))
+    ids = tokens(decoder, 1, 3)
+    before = compiled(ids, new_cache(decoder), 0)
+    decoder.load_state_dict(other.state_dict())
+    wanted = other(ids, new_cache(other), 0)
+    assert error(compiled(ids, new_cache(decoder), 0), wanted) < 1e-4
+    assert error(before, wanted) > 1e-2
+
+
+def test_strided_ids(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    decoder, compiled = pair
+    ids = tokens(decoder, 1, 8)
+    wanted = compiled(ids[:, ::2].contiguous(), new_cache(decoder), 0)
+    assert torch.equal(compiled(ids[:, ::2], new_cache(decoder), 0), wanted)
+
+
 def test_embeddings_as_input(pair: tuple[Decoder, CompiledDecoder]) -> None:
     decoder, compiled = pair
     hidden = torch.randn(1, 3, decoder.config.hidden_size)
