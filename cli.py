@@ -170,10 +170,15 @@ def load_model(
     console = stderr()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"loading {path.name}", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:  # the first run of a model takes some seconds here
+                bar.update(task, total=None, description="compiling kernels that are not in the cache yet")
+
         return load(
             path, target, context, kv.value, threads, quantize.value if quantize else None, activation.value,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            whole_step=not op_by_op,
+            progress=progress, whole_step=not op_by_op,
         )  # fmt: skip
 
 
