@@ -106,8 +106,7 @@ class _Step:
         decode.phase_partials(thread)
         self._barrier()
         rows = tir.let(decode.rows())
-        first = tir.let(T.truncdiv(thread * rows, k["threads"]))
-        last = tir.let(T.truncdiv((thread + 1) * rows, k["threads"]))
+        first, last = shared_range(rows, thread, k["threads"])
         with tir.loop(tir.let(last - first)) as row:
             decode.phase_merge(tir.let(first + row))
         self._barrier()
@@ -196,8 +195,7 @@ class _Step:
         """Emit: rows of the table to x, each by one thread."""
         spec, k = self.spec, self.kernel
         table = EmbeddingSpec(spec.vocab, spec.hidden, spec.embed, spec.embed_layout)
-        first = tir.let(T.truncdiv(self.thread * self.m, k["threads"]))
-        last = tir.let(T.truncdiv((self.thread + 1) * self.m, k["threads"]))
+        first, last = shared_range(self.m, self.thread, k["threads"])
         with tir.loop(tir.let(last - first)) as i:
             row = tir.let(first + i)
             PackedRow(table, k["embed"], tir.let(tir.load(k["ids"], row)), k["x"], tir.let(row * spec.hidden))

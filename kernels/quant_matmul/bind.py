@@ -9,10 +9,9 @@ import torch
 
 from ...compiler.target import Target
 from ..shared.scratch import scratch
-from .packing import BLOCK, PackedWeight
+from .packing import PackedWeight
+from .sizes import element_bytes, is_integer, line, padded_k, panel_bytes
 from .spec import QuantMatmulSpec
-
-_INT8_SIGNED = {"avx2"}
 
 
 def bind(
@@ -22,14 +21,8 @@ def bind(
     gemv, rows, gemm = (library.function(name) for name in ("gemv", "rows", "gemm"))
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
     isa = str(configuration.get("isa") or target.isa)
-    integer = spec.activation == "int8" and not spec.weight.is_float
-    pairs = integer and spec.weight.bits == 8 and isa in _INT8_SIGNED
-    groups = spec.weight.groups(spec.k) if integer else 0
-    k_padded = groups * spec.weight.group_size if integer else _padded_float_k(spec)
-    parts = 2 if spec.epilogue == "silu_pair" else 1
-    element = (2 if pairs else 1) if integer else 4
-    panel = parts * _line(k_padded * BLOCK * element)
-    code_size = element if integer else 4
+    groups = spec.weight.groups(spec.k) if is_integer(spec) else 0
+    k_padded, panel, code_size = padded_k(spec), panel_bytes(spec, isa), element_bytes(spec, isa)
     n_out = spec.n_out
 
     def call(
@@ -46,8 +39,8 @@ def bind(
             function, padded = rows, -(-m // small) * small
         else:
             function, padded = gemm, -(-m // large) * large
-        codes = _line(padded * k_padded * code_size)
-        scales = _line(padded * groups * 4)
+        codes = line(padded * k_padded * code_size)
+        scales = line(padded * groups * 4)
         base = scratch(codes + 2 * scales + (threads * panel if function is gemm else 0))
         function(
             m,
@@ -66,13 +59,3 @@ def bind(
         return y
 
     return call
-
-
-def _padded_float_k(spec: QuantMatmulSpec) -> int:
-    if spec.weight.is_float:
-        return -(-spec.k // 16) * 16
-    return spec.weight.groups(spec.k) * spec.weight.group_size
-
-
-def _line(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64

@@ -13,6 +13,7 @@ from ..shared.isa.table import Isa, by_name
 from ..shared.math import silu
 from ..shared.tir import T
 from .packing import BLOCK, Geometry
+from .sizes import is_integer, padded_k, panel_bytes, uses_pairs
 from .spec import QuantMatmulSpec
 from .tvm_cpu_rows import clear_row, correction_kind, quantize_row, widen_row
 from .tvm_cpu_tiles import (
@@ -48,12 +49,12 @@ class Context:
     @property
     def integer(self) -> bool:
         """Whether the products are integer."""
-        return self.spec.activation == "int8" and not self.spec.weight.is_float
+        return is_integer(self.spec)
 
     @property
     def pairs(self) -> bool:
         """Whether the panel of large M is int16 pairs."""
-        return self.integer and self.spec.weight.bits == 8 and self.isa.int8_codes == "signed"
+        return uses_pairs(self.spec, self.isa.name)
 
     @property
     def k_padded(self) -> int:
@@ -66,13 +67,6 @@ class Context:
         q = tir.buffer_at(k["codes"], "int16" if wide else "int8")
         sc = tir.buffer_at(k["sums"], "int32" if correction_kind(self.isa, self.spec) == "int" else "float32")
         return {"q16" if wide else "q": q, "sa": k["scales"], "sc": sc, "rows": self.rows}
-
-
-def padded_k(spec: QuantMatmulSpec) -> int:
-    """Return K rounded up to whole groups (to 16 for float weights)."""
-    if spec.weight.is_float:
-        return -(-spec.k // 16) * 16
-    return spec.weight.groups(spec.k) * spec.weight.group_size
 
 
 def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
@@ -180,7 +174,7 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
     with tir.parallel(tiles * rows) as row:
         prepare_row(c, row, wide=c.pairs)
     parts = 2 if spec.epilogue == "silu_pair" else 1
-    size = panel_bytes(isa, spec) // parts
+    size = panel_bytes(spec, isa.name) // parts
 
     with tir.parallel(kernel["threads"]) as thread, _share(c, thread) as unit:
         panels = []
@@ -208,7 +202,7 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
     return kernel.finish()
 
 
-def shared_range(total: int, thread: Any, threads: Any) -> tuple[Any, Any]:
+def shared_range(total: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
     """Return [first, last) of a thread's contiguous part of `total` things."""
     first = tir.let(T.truncdiv(thread * total, threads))
     return first, tir.let(T.truncdiv((thread + 1) * total, threads))
@@ -283,13 +277,3 @@ def _epilogue(c: Context, row: Any, at: Any, width: int, first: Any, second: Any
     if spec.residual:
         first = first + tir.to_f32(kernel["residual"], row * n + at, width)
     return first
-
-
-def panel_bytes(isa: Isa, spec: QuantMatmulSpec) -> int:
-    """Return the bytes of one thread's panels."""
-    parts = 2 if spec.epilogue == "silu_pair" else 1
-    if spec.activation == "float" or spec.weight.is_float:
-        size = 4
-    else:
-        size = 2 if spec.weight.bits == 8 and isa.int8_codes == "signed" else 1
-    return parts * -(-padded_k(spec) * BLOCK * size // 64) * 64
