@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import functools
 import os
 import platform
+import sys
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -46,11 +48,18 @@ _LLVM_NAME = {
 }
 
 # The features that choose an instruction-set entry; the first whose features are all there wins.
+_AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})
+_AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"})
 ISA_FEATURES = (
-    ("avx512_vnni", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})),
+    ("amx", _AVX512_VNNI | _AMX),
+    ("avx512_vnni", _AVX512_VNNI),
     ("avx2", frozenset({"avx2", "fma", "f16c"})),
     ("portable", frozenset()),
 )
+
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) on x86-64 Linux.
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,19 @@ def detect() -> Target:
 
     host = archspec.cpu.host()
     arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    features = frozenset(host.features)
+    # A virtual machine may hide a feature, so that archspec takes an older CPU with fewer features.
+    features = frozenset(host.features) | frozenset(archspec.cpu.detect.detected_info().features)
+    name = host.name
+    if features >= _AMX:
+        if amx_refused():
+            features -= {f for f in features if f.startswith("amx")}
+        elif not {"sapphirerapids", "granite_rapids"} & {name, *(a.name for a in host.ancestors)}:
+            name = "sapphirerapids"  # the first CPU with AMX
     sizes = _cache_sizes()
     return Target(
-        name=f"host-{host.name}",
+        name=f"host-{name}",
         arch=arch,
-        mcpu=_llvm_name(host.name),
+        mcpu=_llvm_name(name),
         isa=_isa_for(features),
         features=features,
         cores=available_cores(),
@@ -172,6 +188,17 @@ def detect() -> Target:
         l2=sizes.get((2, "Unified"), 512 << 10),
         l3=sizes.get((3, "Unified"), 0),
     )
+
+
+@functools.cache
+def amx_refused() -> str:
+    """Ask the kernel for AMX's tile registers, once a process; return why they cannot be used, or ""."""
+    if sys.platform != "linux":
+        return "tile registers are asked for on Linux only"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0:
+        return ""
+    return f"the kernel refuses tile registers: {os.strerror(ctypes.get_errno())}"
 
 
 def available_cores() -> int:

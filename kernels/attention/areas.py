@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .spec import AttentionSpec
 
 # Query rows of a register tile that is two vectors wide, by instruction set.
-ROW_STEP = {"avx512_vnni": 12, "avx2": 6, "portable": 4, "portable16": 12}
+ROW_STEP = {"amx": 12, "avx512_vnni": 12, "avx2": 6, "portable": 4, "portable16": 12}
 
 
 def decode_offsets(spec: AttentionSpec, max_chunk: int) -> list[int]:

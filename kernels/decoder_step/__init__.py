@@ -26,7 +26,7 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
 
 
 def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
-    small = {"avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
+    small = {"amx": 4, "avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
     prefetches = (4096, 0, 2048, 8192, 16384)
     kv = attention_space(spec.attention(), target)[0]
     shared = {"small_rows": small, "chunk": kv["chunk"], "kv_prefetch": kv["prefetch"]}

@@ -8,6 +8,7 @@ import torch
 
 from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
+from ..shared.isa.table import MATRIX
 from .packing import PackedWeight, pack
 from .reference import quant_matmul as reference
 from .space import space
@@ -22,12 +23,16 @@ def _decide(spec: QuantMatmulSpec, target: Target) -> Declined | None:
         return Declined(f"{target.name} lists no tvm_llvm back end")
     if spec.weight.bits == 8 and spec.weight.zero in ("integer", "minimum"):
         return Declined("8-bit weights with a stored zero have no kernel")
+    if spec.activation == "bfloat16" and target.isa not in MATRIX:
+        return Declined(f"{target.isa} has no bf16 matrix unit; use activation 'int8' or 'float'")
     return None
 
 
 def _lower(spec: QuantMatmulSpec, configuration: Any, target: Target) -> list[Any]:
-    from .tvm_cpu import lower
-
+    if spec.activation == "bfloat16":
+        from .tvm_cpu_matrix import lower
+    else:
+        from .tvm_cpu import lower
     return lower(spec, configuration, target)
 
 

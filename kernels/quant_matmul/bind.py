@@ -10,7 +10,7 @@ import torch
 from ...compiler.target import Target
 from ..shared.scratch import scratch
 from .packing import PackedWeight
-from .sizes import element_bytes, is_integer, line, padded_k, panel_bytes
+from .sizes import TILE, element_bytes, is_integer, line, padded_k, panel_bytes, uses_matrix
 from .spec import QuantMatmulSpec
 
 
@@ -18,8 +18,11 @@ def bind(
     spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target, library: Any
 ) -> Callable[..., torch.Tensor]:
     """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out]."""
-    gemv, rows, gemm = (library.function(name) for name in ("gemv", "rows", "gemm"))
+    gemm = library.function("gemm")
+    gemv, rows = (None, None) if uses_matrix(spec) else (library.function("gemv"), library.function("rows"))
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
+    if uses_matrix(spec):
+        small = large = TILE
     isa = str(configuration.get("isa") or target.isa)
     groups = spec.weight.groups(spec.k) if is_integer(spec) else 0
     k_padded, panel, code_size = padded_k(spec), panel_bytes(spec, isa), element_bytes(spec, isa)
@@ -33,9 +36,9 @@ def bind(
         if m == 0:
             return y
         threads = torch.get_num_threads()
-        if m == 1:
+        if gemv is not None and m == 1:
             function, padded = gemv, 1
-        elif m < switch:
+        elif rows is not None and m < switch:
             function, padded = rows, -(-m // small) * small
         else:
             function, padded = gemm, -(-m // large) * large

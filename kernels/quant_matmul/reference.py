@@ -36,7 +36,9 @@ def quant_matmul(
 ) -> torch.Tensor:
     """Return epilogue(x @ W.T + bias) + residual for x [M, K]; accumulated in fp64 over exact group sums."""
     fmt = weight.format
-    if spec.activation == "float" or fmt.is_float:
+    if spec.activation == "bfloat16":
+        y = x.bfloat16().double() @ weight.dequantize().bfloat16().double().T
+    elif spec.activation == "float" or fmt.is_float:
         y = x.double() @ weight.dequantize().double().T
     else:
         codes, scales = quantize_activations(x, fmt.group_size)

@@ -10,6 +10,7 @@ from .spec import QuantMatmulSpec
 
 # (small rows, large rows) that fit the register file, the default first.
 _TILES = {
+    "amx": [(4, 12), (4, 8), (8, 12)],
     "avx512_vnni": [(4, 12), (4, 8), (8, 12)],
     "avx2": [(4, 4), (4, 6), (2, 4), (2, 6)],
     "portable": [(2, 4), (1, 2)],

@@ -16,7 +16,8 @@ class QuantMatmulSpec:
     """x [M, K] (`x_dtype`), W [N, K], y [M, N] in x's dtype; M is a run-time size.
 
     `activation` "int8" quantises x dynamically: symmetric, absmax/127 for each row and group of the
-    weight's size, round half to even; the products of a group are summed exactly. "float" keeps x.
+    weight's size, round half to even; the products of a group are summed exactly. "bfloat16" rounds x and
+    the weight's values to bf16 and accumulates in fp32; "float" keeps both.
     `epilogue` "silu_pair" gives silu(gate) * up [M, N/2] of a weight packed as a pair. Bias [N] is fp32
     and is added before the epilogue, the residual [M, N] (x's dtype) after it.
     """
@@ -33,7 +34,7 @@ class QuantMatmulSpec:
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < 1:
             raise UnsupportedError(f"a weight of shape {self.n} x {self.k} has nothing to multiply")
-        if self.activation not in ("int8", "float") or self.epilogue not in ("none", "silu_pair"):
+        if self.activation not in ("int8", "bfloat16", "float") or self.epilogue not in ("none", "silu_pair"):
             raise UnsupportedError(f"unknown activation {self.activation!r} or epilogue {self.epilogue!r}")
         if self.x_dtype not in ("float32", "bfloat16", "float16"):
             raise UnsupportedError(f"activations of type {self.x_dtype} are not supported; use a float type")

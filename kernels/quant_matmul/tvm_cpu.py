@@ -82,7 +82,7 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
     ]
 
 
-def _kernel(name: str, spec: QuantMatmulSpec) -> Any:
+def new_kernel(name: str, spec: QuantMatmulSpec) -> Any:
     types = {
         "m": "int64",
         "threads": "int64",
@@ -96,7 +96,7 @@ def _kernel(name: str, spec: QuantMatmulSpec) -> Any:
     return tir.Kernel(name, [(a, types[a]) for a in ARGUMENTS])
 
 
-def _stream(c: Context, block: Any) -> Stream:
+def stream_of(c: Context, block: Any) -> Stream:
     views = {"u8": tir.buffer_at(c.kernel["w"], "uint8")}
     views["scale"] = tir.buffer_at(
         c.kernel["w"], c.spec.weight.dtype if c.spec.weight.is_float else c.spec.weight.scale_dtype
@@ -132,7 +132,7 @@ def prepare_row(c: Context, row: Any, wide: bool = False, x_at: Any = None) -> N
 
 def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int, prefetch: int) -> Any:
     """Small M: rows prepared by the caller, weights unpacked in registers, one linear stream a thread."""
-    kernel = _kernel(name, spec)
+    kernel = new_kernel(name, spec)
     c = Context(isa, spec, kernel, rows, vectors)
     with tir.loop(row_tiles(c) * rows) as row:
         prepare_row(c, row)
@@ -157,7 +157,7 @@ def direct_share(c: Context, thread: Any, prefetch: int, together: int = 1) -> N
         else:
             float_tile(stream, tir.buffer_at(kernel["codes"], "float32"), row0, c.k_padded, tile, first)
 
-    with _share(c, thread, together) as unit:
+    with share(c, thread, together) as unit:
         if c.rows == 1:
             with tir.loop(kernel["m"]) as row:
                 _unit(c, unit, row, compute)
@@ -168,7 +168,7 @@ def direct_share(c: Context, thread: Any, prefetch: int, together: int = 1) -> N
 
 def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int) -> Any:
     """Large M: each thread unpacks a block's codes once and reuses them for every row tile."""
-    kernel = _kernel(name, spec)
+    kernel = new_kernel(name, spec)
     c = Context(isa, spec, kernel, rows, vectors)
     tiles = row_tiles(c)
     with tir.parallel(tiles * rows) as row:
@@ -176,13 +176,13 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
     parts = 2 if spec.epilogue == "silu_pair" else 1
     size = panel_bytes(spec, isa.name) // parts
 
-    with tir.parallel(kernel["threads"]) as thread, _share(c, thread) as unit:
+    with tir.parallel(kernel["threads"]) as thread, share(c, thread) as unit:
         panels = []
         for part in range(parts):
             at = kernel["panel"] + thread * (size * parts) + part * size
             kind = "s16" if c.pairs else ("u8" if c.integer else "f32")
             panel = tir.buffer_at(at, {"s16": "int16", "u8": "uint8", "f32": "float32"}[kind])
-            stream = _stream(c, unit * parts + part)
+            stream = stream_of(c, unit * parts + part)
             if c.integer:
                 fill_panel(stream, {kind: panel})
             else:
@@ -209,7 +209,7 @@ def shared_range(total: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _share(c: Context, thread: Any, together: int = 1) -> Iterator[Any]:
+def share(c: Context, thread: Any, together: int = 1) -> Iterator[Any]:
     """Loop over a thread's contiguous range of column blocks (of block pairs for a gated epilogue)."""
     parts = 2 if c.spec.epilogue == "silu_pair" else 1
     units = -(-(c.spec.n // parts) // BLOCK)
@@ -229,11 +229,11 @@ def _unit(c: Context, unit: Any, row0: Any, compute: Callable[..., None]) -> Non
             gate, up = Tile(isa, c.rows, c.vectors), Tile(isa, c.rows, c.vectors)
             for part, tile in enumerate((gate, up)):
                 extra = {"part": part} if compute.__defaults__ else {}
-                compute(_stream(c, unit * 2 + part), tile, first, row0, **extra)
+                compute(stream_of(c, unit * 2 + part), tile, first, row0, **extra)
             _finish(c, gate, row0, column, up)
         else:
             tile = Tile(isa, c.rows, c.vectors)
-            compute(_stream(c, unit), tile, first, row0)
+            compute(stream_of(c, unit), tile, first, row0)
             _finish(c, tile, row0, column, None)
 
 
@@ -244,10 +244,10 @@ def _finish(c: Context, tile: Tile, row0: Any, column: Any, up: Tile | None) -> 
             for v in range(c.vectors):
                 second = up.get(r, v) if up else None
                 at = tir.let(column + v * c.isa.lanes)
-                _finish_vector(c, tir.let(row0 + r), at, tile.get(r, v), second)
+                finish_vector(c, tir.let(row0 + r), at, tile.get(r, v), second)
 
 
-def _finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> None:
+def finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> None:
     """Emit one vector of the output, columns [at, at + lanes) of a row; in the last block lane by lane."""
     n, lanes, y = c.spec.n_out, c.isa.lanes, c.kernel["y"]
     if n % BLOCK == 0:

@@ -310,7 +310,7 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
     tile.clear()
     if spec.weight.is_float:
         _float_steps(
-            tile, spec.k, lambda k, v: _float_element(stream, k, first_vector + v), xf, row0, k_padded
+            tile, spec.k, lambda k, v: float_element(stream, k, first_vector + v), xf, row0, k_padded
         )
         return
     g = stream.geometry
@@ -323,7 +323,7 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
                     tile.add(r, v, tir.splat(tir.load(xf, at), tile.isa.lanes) * value)
 
 
-def _float_element(stream: Stream, k: Any, vector: int) -> Any:
+def float_element(stream: Stream, k: Any, vector: int) -> Any:
     size = stream.geometry.block_bytes // (BLOCK * stream.spec.k)
     return tir.to_f32(
         stream.views["scale"], stream.at // size + k * BLOCK + vector * stream.isa.lanes, stream.isa.lanes
@@ -360,7 +360,7 @@ def fill_float_panel(stream: Stream, panel: Any) -> None:
     if spec.weight.is_float:
         with tir.loop(spec.k) as k:
             for v in range(BLOCK // isa.lanes):
-                tir.store(panel, k * BLOCK + v * isa.lanes, _float_element(stream, k, v))
+                tir.store(panel, k * BLOCK + v * isa.lanes, float_element(stream, k, v))
         return
     run = 4 * g.planes
     with tir.loop(g.groups) as group, tir.loop(spec.weight.group_size // run) as step:

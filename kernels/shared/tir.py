@@ -26,6 +26,7 @@ _BYTES = {
     "float16": 2,
     "bfloat16": 2,
     "int32": 4,
+    "uint32": 4,
     "float32": 4,
     "int64": 8,
 }
@@ -46,7 +47,7 @@ class Kernel:
         self._builder = self._stack.enter_context(IRBuilder())
         self._stack.enter_context(T.prim_func(s_tir=True))
         T.func_name(name)
-        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        T.func_attr({"global_symbol": name})
         scalars = {n: T.arg(n, tirx.Var(n, "int64" if kind[0] == "*" else kind)) for n, kind in args}
         self._args = {
             n: buffer_at(scalars[n], kind[1:]) if kind[0] == "*" else scalars[n] for n, kind in args
@@ -188,16 +189,21 @@ def from_f32(buffer: Buffer, offset: Expr, value: Expr) -> None:
     dtype = str(buffer.dtype)
     if dtype == "bfloat16":
         lanes = lanes_of(value)
-        raw = bits(value, f"uint32x{lanes}" if lanes > 1 else "uint32")
-        u = lambda c: splat(T.uint32(c), lanes)  # noqa: E731
-        odd = T.bitwise_and(T.shift_right(raw, u(16)), u(1))
-        rounded = T.shift_right(raw + u(0x7FFF) + odd, u(16))
-        quiet = T.bitwise_or(T.shift_right(raw, u(16)), u(0x40))  # a NaN must not round to Inf
-        chosen = T.Select(T.bitwise_and(raw, u(0x7FFFFFFF)) > u(0x7F800000), quiet, rounded)
-        value = bits(cast(chosen, "uint16"), f"bfloat16x{lanes}" if lanes > 1 else "bfloat16")
-        store(buffer, offset, value)
+        store(buffer, offset, bits(bf16_bits(value), f"bfloat16x{lanes}" if lanes > 1 else "bfloat16"))
     else:
         store(buffer, offset, value if dtype == "float32" else cast(value, dtype))
+
+
+def bf16_bits(value: Expr) -> Expr:
+    """Round fp32 to nearest even bf16, as uint16."""
+    lanes = lanes_of(value)
+    raw = bits(value, f"uint32x{lanes}" if lanes > 1 else "uint32")
+    u = lambda c: splat(T.uint32(c), lanes)  # noqa: E731
+    odd = T.bitwise_and(T.shift_right(raw, u(16)), u(1))
+    rounded = T.shift_right(raw + u(0x7FFF) + odd, u(16))
+    quiet = T.bitwise_or(T.shift_right(raw, u(16)), u(0x40))  # a NaN must not round to Inf
+    chosen = T.Select(T.bitwise_and(raw, u(0x7FFFFFFF)) > u(0x7F800000), quiet, rounded)
+    return cast(chosen, "uint16")
 
 
 def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:

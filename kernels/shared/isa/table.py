@@ -18,6 +18,7 @@ class Isa:
     `widen(acc)` has to bring them to int32. `dot2(acc, s16, s16)` adds two neighbouring products.
     `int8_codes` says whether 8-bit weights are stored as unsigned (code + 128) or signed bytes.
     `gemm_rows` is the default number of rows of a register tile that is two vectors wide.
+    `matrix` is None, or emits a bf16 matrix unit's tile operations (see amx.py).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Isa:
     int8_codes: str
     gemm_rows: int
     emit: Any
+    matrix: Any = None
 
     def dot4(self, acc: Any, u8: Any, s8: Any) -> Any:
         """acc += u8 . s8 in quads."""
@@ -50,14 +52,15 @@ class Isa:
 
 
 def by_name(name: str) -> Isa:
-    """Return the entry `name`: avx512_vnni, avx2, portable, or portable16 (512-bit shapes on any CPU)."""
-    from . import avx2, avx512_vnni, portable
+    """Return the entry `name`: amx, avx512_vnni, avx2, portable, or portable16 (amx's shapes on any CPU)."""
+    from . import amx, avx2, avx512_vnni, portable, portable_matrix
 
     table = {
+        "amx": Isa("amx", 16, 32, "int32", "unsigned", 12, avx512_vnni, amx),
         "avx512_vnni": Isa("avx512_vnni", 16, 32, "int32", "unsigned", 12, avx512_vnni),
         "avx2": Isa("avx2", 8, 16, "int16", "signed", 6, avx2),
         "portable": Isa("portable", 4, 16, "int32", "unsigned", 4, portable),
-        "portable16": Isa("portable16", 16, 32, "int32", "unsigned", 12, portable),
+        "portable16": Isa("portable16", 16, 32, "int32", "unsigned", 12, portable, portable_matrix),
     }
     return table[name]
 
@@ -68,4 +71,12 @@ def for_target(target: Target) -> Isa:
 
 
 # What packing needs to know without importing tvm.
-INT8_CODES = {"avx512_vnni": "unsigned", "avx2": "signed", "portable": "unsigned", "portable16": "unsigned"}
+INT8_CODES = {
+    "amx": "unsigned",
+    "avx512_vnni": "unsigned",
+    "avx2": "signed",
+    "portable": "unsigned",
+    "portable16": "unsigned",
+}
+# Entries with a bf16 matrix unit: tiles of 16 x 32 times 32 x 16.
+MATRIX = frozenset({"amx", "portable16"})
