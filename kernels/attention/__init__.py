@@ -6,6 +6,7 @@ from typing import Any
 
 from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
+from ..shared.isa.table import MATRIX
 from .reference import attention, reference_call
 from .space import space
 from .spec import AttentionSpec
@@ -24,6 +25,11 @@ def _decide(spec: AttentionSpec, target: Target) -> Declined | None:
         return Declined(f"head sizes {spec.head_dim} and {spec.v_head_dim} are not multiples of 16")
     if max(spec.head_dim, spec.v_head_dim) > 512 or spec.group > 64:
         return Declined("more than 512 elements a head or 64 heads a group")
+    if spec.math == "bfloat16":
+        if target.isa not in MATRIX:
+            return Declined(f"{target.isa} has no bf16 matrix unit; use math 'float32'")
+        if spec.mask == "additive":
+            return Declined("an additive bias has no matrix-unit kernel")
     return None
 
 

@@ -48,6 +48,29 @@ def prefill_offsets(spec: AttentionSpec, step: int, block_q: int, block_k: int) 
     return _offsets((*tiles, 2 * step, step))
 
 
+MATRIX_ROWS = 32  # query rows of a step on a matrix unit: two tiles
+MATRIX_PANEL = 32  # keys of a step: two tiles of scores, one of weights
+_TILE_STATE_BYTES = 8 << 10  # what a thread keeps of its tiles in memory (see shared/isa)
+
+
+def score_stride(block_k: int) -> int:
+    """Return the bytes between two rows of scores: one line more than they take, to spread over L1's sets."""
+    return 4 * block_k + 64
+
+
+def matrix_offsets(spec: AttentionSpec, block_q: int, block_k: int) -> list[int]:
+    """Return where a thread's areas start on a matrix unit, in bytes, then their size.
+
+    Areas: q tiles, out, m, l (rows), K tiles, V tiles, scores, weight tiles, bounds, state of the unit.
+    """
+    rows = -(-max(block_q, spec.group) // MATRIX_ROWS) * MATRIX_ROWS
+    depth = -(-spec.head_dim // 32) * 32
+    sizes = [rows * depth // 2, rows * spec.v_head_dim, rows, rows]
+    sizes += [block_k * depth // 2, block_k * spec.v_head_dim // 2]
+    sizes += [MATRIX_ROWS * score_stride(block_k) // 4, MATRIX_ROWS * block_k // 2, 2 * MATRIX_ROWS]
+    return _offsets((*sizes, _TILE_STATE_BYTES // 4))
+
+
 def whole_block_k(block_k: int) -> int:
     """Round a tile's keys up to whole panels of every instruction set."""
     return -(-block_k // 32) * 32

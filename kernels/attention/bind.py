@@ -11,7 +11,15 @@ from torch import Tensor
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target
 from ..shared.scratch import scratch
-from .areas import ROW_STEP, decode_area, decode_chunk, partial_bytes, prefill_offsets, whole_block_k
+from .areas import (
+    ROW_STEP,
+    decode_area,
+    decode_chunk,
+    matrix_offsets,
+    partial_bytes,
+    prefill_offsets,
+    whole_block_k,
+)
 from .spec import KEY_BLOCK, AttentionSpec
 
 __all__ = ["bind", "check", "decode_area", "decode_chunk"]
@@ -24,13 +32,18 @@ def bind(
     spec: AttentionSpec, configuration: Mapping[str, Any], target: Target, library: Any
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return call(q, k, v, **options) -> (out, lse or None); options as in `reference.attention`."""
-    decode, prefill = library.function("decode"), library.function("prefill")
+    matrix = spec.math == "bfloat16"
+    prefill = library.function("prefill")
+    decode = prefill if matrix else library.function("decode")
     decode_rows, max_chunk = int(configuration["decode_rows"]), int(configuration["chunk"])
     block_q, block_k = int(configuration["block_q"]), whole_block_k(int(configuration["block_k"]))
     step = ROW_STEP[str(configuration.get("isa") or target.isa)]
     blocked, scaled = spec.layout == "blocked", spec.kv_dtype == "int8"
     area = decode_area(spec, max_chunk)
-    prefill_area = prefill_offsets(spec, step, block_q, block_k)[-1]
+    if matrix:
+        prefill_area = matrix_offsets(spec, block_q, block_k)[-1]
+    else:
+        prefill_area = prefill_offsets(spec, step, block_q, block_k)[-1]
     out_dtype = getattr(torch, spec.q_dtype)
     hq, dv = spec.num_heads, spec.v_head_dim
 
@@ -63,7 +76,7 @@ def bind(
         if tq == 0 or batch == 0:
             return out, lse
         threads = torch.get_num_threads()
-        few = tq <= decode_rows
+        few = tq <= decode_rows and not matrix
         chunk = decode_chunk(tk, max_chunk)
         if few:
             nbytes = threads * area + partial_bytes(spec, batch * hq * tq, -(-tk // chunk) + 1)

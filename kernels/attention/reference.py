@@ -11,6 +11,9 @@ from torch import Tensor
 from .spec import KEY_BLOCK, AttentionSpec
 
 
+_LOG2_E = 1.4426950408889634
+
+
 def attention(
     spec: AttentionSpec,
     q: Tensor,
@@ -37,10 +40,15 @@ def attention(
     [B, n] are the block numbers of a paged one: k [P, Hkv, D, 16], v [P, Hkv, 16, Dv].
     """
     k, v = dense(spec, k, v, tk, k_scale, v_scale, pages)
-    q = q.double()
     batch, _, tq, _ = q.shape
     tk = k.shape[2]
     factor = spec.head_dim**-0.5 if scale is None else scale
+    if spec.math == "bfloat16":
+        inside = factor / softcap if softcap else factor * _LOG2_E
+        q = (q.float() * torch.tensor(inside)).bfloat16()
+        k, v = k.bfloat16().double(), v.bfloat16().double()
+        factor = softcap or 1 / _LOG2_E  # what is left of it for the scores
+    q = q.double()
     q_offset = tk - tq if q_offset is None else q_offset
     k, v = (x.repeat_interleave(spec.group, 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * factor

@@ -32,6 +32,9 @@ class AttentionSpec:
     nothing gives out 0 and lse -inf. int8 k and v have an fp32 scale per token and head. lse is fp32
     [B, Hq, Tq], the natural logarithm of the denominator.
 
+    `math` "bfloat16" rounds k, v, the softmax weights, and q times scale * log2(e) (scale / softcap with a
+    softcap) to bf16; sums are fp32.
+
     Layouts: "strided" takes any strides with last stride 1; "blocked" is k [B, Hkv, cap/16, D, 16] and v
     [B, Hkv, cap, Dv]; "paged" is a table of such blocks; "latent" one latent per token, v its first Dv.
     """
@@ -50,6 +53,7 @@ class AttentionSpec:
     lse: bool = False
     bias_dtype: str = "float32"
     block: int = field(default=0)
+    math: str = "float32"
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
@@ -66,6 +70,8 @@ class AttentionSpec:
             raise UnsupportedError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly"
             )
+        if self.math not in ("float32", "bfloat16"):
+            raise UnsupportedError(f"attention math {self.math!r} is unknown; use float32 or bfloat16")
         if self.mask == "block" and self.block < 1:
             raise UnsupportedError("a block mask needs the size of its blocks")
 
@@ -76,6 +82,8 @@ class AttentionSpec:
             flags.append(f"bias={self.bias_dtype}")
         if self.mask == "block":
             flags.append(f"block={self.block}")
+        if self.math != "float32":
+            flags.append(f"math={self.math}")
         shape = f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}"
         if self.v_head_dim != self.head_dim:
             shape += f":{self.v_head_dim}"
@@ -88,8 +96,9 @@ class AttentionSpec:
 
     @property
     def tolerance(self) -> float:
-        """The relative error (L2) that a form may have: the output type's own rounding."""
-        return {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}[self.q_dtype]
+        """The relative error (L2) that a form may have: the rounding of the output's and the math's type."""
+        own = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 5e-4}
+        return max(own[self.q_dtype], own[self.math])
 
     def operations(self, pairs: int) -> int:
         """Multiplications and additions for `pairs` of a query and a key that it sees, over all heads."""

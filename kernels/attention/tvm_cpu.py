@@ -11,6 +11,7 @@ from ..shared.isa.table import Isa, by_name
 from ..shared.tir import T
 from .spec import AttentionSpec
 from .tvm_cpu_decode import Decode
+from .tvm_cpu_matrix import MatrixPrefill
 from .tvm_cpu_prefill import Prefill
 from .tvm_problem import Arguments, Problem, argument_types, quotient
 
@@ -18,8 +19,10 @@ _SERIAL_MERGE = 1 << 14  # elements of partial results that one thread merges fa
 
 
 def lower(spec: AttentionSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
-    """Return the PrimFuncs `decode` and `prefill`."""
+    """Return the PrimFuncs `decode` (not for bf16 math) and `prefill`."""
     isa = by_name(str(configuration.get("isa") or target.isa))
+    if spec.math == "bfloat16":
+        return [_prefill(spec, isa, int(configuration["block_q"]), int(configuration["block_k"]))]
     return [
         _decode(spec, isa, int(configuration["chunk"]), bool(configuration["prefetch"])),
         _prefill(spec, isa, int(configuration["block_q"]), int(configuration["block_k"])),
@@ -48,7 +51,7 @@ def _decode(spec: AttentionSpec, isa: Isa, max_chunk: int, prefetch: bool) -> An
 
 def _prefill(spec: AttentionSpec, isa: Isa, block_q: int, block_k: int) -> Any:
     kernel, problem = _problem("prefill", spec, isa)
-    prefill = Prefill(problem, block_q, block_k)
+    prefill = (MatrixPrefill if spec.math == "bfloat16" else Prefill)(problem, block_q, block_k)
     with tir.parallel(problem.args.threads) as thread:
         prefill.phase(thread)
     return kernel.finish()

@@ -25,13 +25,13 @@ class Prefill:
         self.block_k = whole_block_k(block_k)
         self.queries = max(1, block_q // self.spec.group)
         self.sizes = prefill_offsets(self.spec, self.step, block_q, self.block_k)
+        self.tile: type[QueryTile] = _Tile
 
     def phase(self, thread: Any) -> None:
         """Emit one thread's share: every `threads`-th query tile, the ones with most keys first."""
         a, spec = self.a, self.spec
         base = tir.let(a.scratch + thread * self.sizes[-1])
-        kinds = ["float32"] * 8 + ["int32", "float32"]
-        areas = [tir.buffer_at(tir.let(base + o), kind) for o, kind in zip(self.sizes, kinds)]
+        areas = self.areas(base)
         heads = tir.let(a.batch * spec.num_kv_heads)
         tiles = tir.let(quotient(a.tq + (self.queries - 1), T.int64(self.queries)))
         units = tir.let(heads * tiles)
@@ -42,10 +42,15 @@ class Prefill:
             b = tir.let(quotient(head, T.int64(spec.num_kv_heads)))
             kv_head = tir.let(remainder(head, T.int64(spec.num_kv_heads)))
             q0 = tir.let(tile * self.queries)
-            _Tile(self, b, kv_head, q0, areas).emit()
+            self.tile(self, b, kv_head, q0, areas).emit()
+
+    def areas(self, base: Any) -> list[Any]:
+        """Return a thread's areas."""
+        kinds = ["float32"] * 8 + ["int32", "float32"]
+        return [tir.buffer_at(tir.let(base + o), kind) for o, kind in zip(self.sizes, kinds)]
 
 
-class _Tile:
+class QueryTile:
     """One query tile of one sequence and KV head. Row r is query q0 + r // group, head r % group."""
 
     def __init__(self, prefill: Prefill, b: Any, kv_head: Any, q0: Any, areas: list[Any]) -> None:
@@ -53,8 +58,7 @@ class _Tile:
         self.lanes, self.step, self.panel = prefill.lanes, prefill.step, prefill.panel
         self.block_k, self.group = prefill.block_k, prefill.spec.group
         self.b, self.kv_head, self.q0 = b, kv_head, q0
-        self.q, self.out, self.m, self.l, self.kt, self.vt, self.scores, self.bias = areas[:8]
-        self.bounds, self.decay = areas[8:]
+        self.take_areas(areas)
         self.nq = tir.let(T.min(T.int64(prefill.queries), self.a.tq - q0))
         self.row_blocks = tir.let(quotient(self.nq * self.group + (self.step - 1), T.int64(self.step)))
 
@@ -69,8 +73,8 @@ class _Tile:
         with tir.loop(tir.let(count)) as i:
             j0 = tir.let(start + i * self.block_k)
             keys = tir.let(T.min(T.int64(self.block_k), self.high - j0))
-            self._load_keys(j0, keys)
-            poison = self._load_values(j0, T.max(self.low - j0, T.int64(0)), keys)
+            self.load_keys(j0, keys)
+            poison = self.load_values(j0, T.max(self.low - j0, T.int64(0)), keys)
             with tir.loop(self.row_blocks) as block:
                 self._row_block(tir.let(block * self.step), j0, keys, poison)
         self._store_rows()
@@ -84,7 +88,7 @@ class _Tile:
         spec, a, lanes = self.spec, self.a, self.lanes
         with tir.loop(self.row_blocks * self.step) as row:
             t, h = self._query(row)
-            self.p.load_query(self.q, row * spec.head_dim, self.b, h, t)
+            self.load_row(row, self.b, h, t)
             with tir.loop(spec.v_head_dim // lanes) as i:
                 tir.store(self.out, row * spec.v_head_dim + i * lanes, tir.f32(0.0, lanes))
             if spec.sinks:
@@ -103,7 +107,46 @@ class _Tile:
             at = row * self.spec.v_head_dim
             self.p.store_row(self.out, at, tir.load(self.m, row), tir.load(self.l, row), self.b, h, t)
 
-    def _load_keys(self, j0: Any, keys: Any) -> None:
+    def _row_block(self, row0: Any, j0: Any, keys: Any, poison: Any) -> None:
+        """Scores, softmax and weighted sum of `step` rows against the tile's keys that they see."""
+        first_t, _ = self._query(row0)
+        last_t, _ = self._query(row0 + self.step - 1)
+        low_min, high_min = (tir.let(x) for x in self.p.interval(self.b, first_t))
+        low_max, high_max = (tir.let(x) for x in self.p.interval(self.b, last_t))
+        begin = tir.let(T.max(low_min - j0, T.int64(0)))
+        end = tir.let(T.min(high_max - j0, keys))
+        with tir.when(end > begin):
+            p0 = quotient(begin, T.int64(self.panel))
+            p1 = quotient(end + (self.panel - 1), T.int64(self.panel))
+            partial = tir.let(T.Or(low_max > j0 + p0 * self.panel, high_min < j0 + p1 * self.panel))
+            bounds = self.row_bounds()
+            with tir.when(partial):
+                for r in range(self.step):
+                    low, high = self.p.interval(self.b, self._query(row0 + r)[0])
+                    clip = lambda x: T.min(T.max(x - j0, T.int64(0)), T.int64(self.block_k))  # noqa: E731
+                    tir.store(bounds, 2 * r, tir.cast(clip(low), "int32"))
+                    tir.store(bounds, 2 * r + 1, tir.cast(clip(high), "int32"))
+            self.attend(row0, j0, begin, end, partial, bounds, poison)
+
+
+
+class _Tile(QueryTile):
+    """The tile in fp32: K in panels, register tiles of rows x keys and rows x columns of V."""
+
+    def take_areas(self, areas: list[Any]) -> None:
+        """Name the areas."""
+        self.q, self.out, self.m, self.l, self.kt, self.vt, self.scores, self.bias = areas[:8]
+        self.bounds, self.decay = areas[8:]
+
+    def row_bounds(self) -> Any:
+        """Return where a row block's first and last visible keys are kept: registers."""
+        return tir.local("int32", 2 * self.step)
+
+    def load_row(self, row: Any, b: Any, h: Any, t: Any) -> None:
+        """Emit: q[b, h, t] times the factor."""
+        self.p.load_query(self.q, row * self.spec.head_dim, b, h, t)
+
+    def load_keys(self, j0: Any, keys: Any) -> None:
         """K of the tile to fp32 panels [keys / panel][D][panel], int8 times its scales."""
         panels = quotient(keys + (self.panel - 1), T.int64(self.panel))
         with tir.loop(tir.let(panels)) as p:
@@ -150,7 +193,7 @@ class _Tile:
             for i in range(lanes):
                 tir.store(self.kt, target + (d * lanes + i) * self.panel, turned[i])
 
-    def _load_values(self, j0: Any, first: Any, keys: Any) -> Any:
+    def load_values(self, j0: Any, first: Any, keys: Any) -> Any:
         """V rows [first, keys) of the tile to fp32; return whether one of them is NaN or Inf."""
         spec, a, lanes = self.spec, self.a, self.lanes
         base = tir.let(self.p.row_at("v", self.b, self.kv_head, T.int64(0)))
@@ -173,37 +216,24 @@ class _Tile:
         found[0] = tir.reduce_add(poison[0])  # 0 or NaN
         return T.Not(is_zero(found[0]))
 
-    def _row_block(self, row0: Any, j0: Any, keys: Any, poison: Any) -> None:
-        """Scores, softmax and weighted sum of `step` rows against the tile's keys that they see."""
-        first_t, _ = self._query(row0)
-        last_t, _ = self._query(row0 + self.step - 1)
-        low_min, high_min = (tir.let(x) for x in self.p.interval(self.b, first_t))
-        low_max, high_max = (tir.let(x) for x in self.p.interval(self.b, last_t))
-        begin = tir.let(T.max(low_min - j0, T.int64(0)))
-        end = tir.let(T.min(high_max - j0, keys))
-        with tir.when(end > begin):
-            p0 = tir.let(quotient(begin, T.int64(self.panel)))
-            p1 = tir.let(quotient(end + (self.panel - 1), T.int64(self.panel)))
-            partial = tir.let(T.Or(low_max > j0 + p0 * self.panel, high_min < j0 + p1 * self.panel))
-            if self.spec.mask == "additive":
-                self._load_bias(row0, j0, begin, end)
-            bounds = tir.local("int32", 2 * self.step)
-            with tir.when(partial):
-                for r in range(self.step):
-                    low, high = self.p.interval(self.b, self._query(row0 + r)[0])
-                    clip = lambda x: T.min(T.max(x - j0, T.int64(0)), T.int64(self.block_k))  # noqa: E731
-                    tir.store(bounds, 2 * r, tir.cast(clip(low), "int32"))
-                    tir.store(bounds, 2 * r + 1, tir.cast(clip(high), "int32"))
-            most = Registers(self.step, self.lanes)
-            for r in range(self.step):
-                most[r] = minus_infinity(self.lanes)
-            with span(p0, p1) as p:
-                self._scores(row0, p, partial, bounds, most)
-            decay = self._softmax(row0, p0, p1, most)
-            with tir.when(T.And(partial, poison)):
-                self._values_checked(row0, decay, bounds)
-            with tir.when(T.Not(T.And(partial, poison))):
-                self._values(row0, begin, end, decay)
+    def attend(
+        self, row0: Any, j0: Any, begin: Any, end: Any, partial: Any, bounds: Any, poison: Any
+    ) -> None:
+        """Emit: scores, softmax and weighted sum of `step` rows against keys [begin, end) of the tile."""
+        p0 = tir.let(quotient(begin, T.int64(self.panel)))
+        p1 = tir.let(quotient(end + (self.panel - 1), T.int64(self.panel)))
+        if self.spec.mask == "additive":
+            self._load_bias(row0, j0, begin, end)
+        most = Registers(self.step, self.lanes)
+        for r in range(self.step):
+            most[r] = minus_infinity(self.lanes)
+        with span(p0, p1) as p:
+            self._scores(row0, p, partial, bounds, most)
+        decay = self._softmax(row0, p0, p1, most)
+        with tir.when(T.And(partial, poison)):
+            self._values_checked(row0, decay, bounds)
+        with tir.when(T.Not(T.And(partial, poison))):
+            self._values(row0, begin, end, decay)
 
     def _load_bias(self, row0: Any, j0: Any, begin: Any, end: Any) -> None:
         with tir.loop(self.step) as r:

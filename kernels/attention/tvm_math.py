@@ -10,6 +10,8 @@ from ..shared.tir import T
 # 2**f for |f| <= 1/2, minimax in relative error (7.5e-8), lowest power first.
 _EXP2 = (1.0000000716546849, 0.6931469670647613, 0.240221197238401, 0.05550713273496898, 0.009675541334449414,
          0.0013276471992851953)  # fmt: skip
+# The same to 7.5e-5.
+_EXP2_SHORT = (0.9999280727914858, 0.6932609870103537, 0.24261113509319007, 0.055171666818512974)
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -27,7 +29,7 @@ def minus_infinity(lanes: int = 1) -> Any:
     return tir.splat(tir.bits(T.uint32(0xFF800000), "float32"), lanes)
 
 
-def exp2(x: Any, lanes: int) -> Any:
+def exp2(x: Any, lanes: int, coefficients: tuple[float, ...] = _EXP2) -> Any:
     """Return 2**x for x <= 0 within 2e-6: x < -126.5 and -inf give exactly 0, NaN stays NaN.
 
     Intermediates stand in registers: a shared subexpression of TIR would be copied.
@@ -38,12 +40,17 @@ def exp2(x: Any, lanes: int) -> Any:
     value.set(T.Select(low > value.get(), low, value.get()))
     rounded.set(value.get() + tir.f32(_ROUND, lanes))
     value.set(value.get() - (rounded.get() - tir.f32(_ROUND, lanes)))
-    p = tir.f32(_EXP2[-1], lanes)
-    for coefficient in reversed(_EXP2[:-1]):
+    p = tir.f32(coefficients[-1], lanes)
+    for coefficient in reversed(coefficients[:-1]):
         p = p * value.get() + tir.f32(coefficient, lanes)
     word = "int32" if lanes == 1 else f"int32x{lanes}"
     exponent = T.shift_left(tir.bits(rounded.get(), word) + tir.i32(127, lanes), tir.i32(23, lanes))
     return p * tir.bits(exponent, "float32" if lanes == 1 else f"float32x{lanes}")
+
+
+def exp2_bf16(x: Any, lanes: int) -> Any:
+    """Return 2**x for x <= 0 within 8e-5, far below bf16's rounding; else as `exp2`."""
+    return exp2(x, lanes, _EXP2_SHORT)
 
 
 def tanh(x: Any, lanes: int) -> Any:
