@@ -33,6 +33,7 @@ class Kv(StrEnum):
 class Activation(StrEnum):
     """How activations meet quantised weights."""
 
+    auto = "auto"
     int8 = "int8"
     float = "float"
 
@@ -85,7 +86,7 @@ Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tok
 KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
 OpByOp = Annotated[bool, typer.Option("--op-by-op", help="Call every kernel from PyTorch.")]
-ActivationType = Annotated[Activation, typer.Option(help="int8 is fast; float keeps activations.")]
+ActivationType = Annotated[Activation, typer.Option(help="int8 is fast; float keeps activations; auto: int8, bf16 on matrix units.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer at most.")]
 OutputText = Annotated[Text, typer.Option("--output", "-o", help="Form of the answer.")]
 
@@ -135,7 +136,7 @@ def run(
     threads: Threads = None,
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.int8,
+    activation: ActivationType = Activation.auto,
     op_by_op: OpByOp = False,
 ) -> None:
     """Answer a prompt, or chat when there is none."""
@@ -211,7 +212,7 @@ def evaluate(
     threads: Threads = None,
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.int8,
+    activation: ActivationType = Activation.auto,
 ) -> None:
     """Compare the model with fp32 PyTorch on the same weights: perplexity, KL divergence, agreement."""
     from .model.evaluate import evaluate_file
@@ -246,7 +247,7 @@ def bench_model(
     kv: KvType = Kv.bf16,
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.int8,
+    activation: ActivationType = Activation.auto,
     op_by_op: OpByOp = False,
 ) -> None:
     """Measure prefill (pp) and decode (tg) as llama-bench does, beside the limits of this machine."""

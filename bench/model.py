@@ -63,7 +63,7 @@ class Options:
     repeats: int = 5
     target: str = "auto"
     kv: str = "bf16"
-    activation: str = "int8"
+    activation: str = "auto"
     quantize: str | None = None
     whole_step: bool = True
     peers: tuple[str, ...] = ()

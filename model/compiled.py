@@ -48,7 +48,7 @@ def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
         qkv_bias=c.attention_bias,
         kv_dtype=_KV[kv],
         mask="causal_lengths",
-        activation=decoder.head.activation,
+        activation="int8" if decoder.head.activation == "auto" else decoder.head.activation,
     )
 
 

@@ -59,12 +59,12 @@ class Decoder(nn.Module):
         context: int | None = None,
         target: Any = None,
         quantize: str | None = None,
-        activation: str = "int8",
+        activation: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> Decoder:
         """Build a decoder, packing one weight at a time; ``progress(done, total)`` counts layers."""
-        if activation not in ("int8", "float"):
-            raise UnsupportedError(f"activation {activation!r} is not supported; use 'int8' or 'float'")
+        if activation not in ("auto", "int8", "float"):
+            raise UnsupportedError(f"activation {activation!r} is not supported; use 'auto', 'int8' or 'float'")
         config = checkpoint.config
 
         def table(name: str) -> CanonicalWeight:
@@ -174,7 +174,8 @@ class Block(nn.Module):
         qk = ops.rope(heads[:, :rotated], cos, sin, interleaved=c.rope_interleaved, rotary_dim=c.rotary_dim)
         kv.append(qk[:, c.num_heads :], heads[:, rotated:], position)
         mask = "causal" if lengths is None else "causal_lengths"
-        out = ops.attention_cached(qk[:, : c.num_heads], kv, position, mask=mask, lengths=lengths)
+        math = "auto" if self.qkv.activation == "auto" else "float32"
+        out = ops.attention_cached(qk[:, : c.num_heads], kv, position, mask=mask, lengths=lengths, math=math)
         x = self.o(out.transpose(1, 2).reshape(batch, length, -1), residual=x)
         return self.down(self.gate_up(self.mlp_norm(x)), residual=x)
 

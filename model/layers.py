@@ -76,7 +76,7 @@ class QuantLinear(PackedModule):
     """``x @ weight.T`` on a packed weight, with bias, residual and the gated SiLU of a pair fused.
 
     Shapes: x [..., K] -> [..., N], or [..., N / 2] for a pair. ``activation`` is "int8" (quantised on
-    the fly, see the operator's spec) or "float".
+    the fly, see the operator's spec), "float", or "auto": int8, and bf16 for many rows on a matrix unit.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class QuantLinear(PackedModule):
         weight: PackedWeight,
         *,
         bias: Tensor | None = None,
-        activation: str = "int8",
+        activation: str = "auto",
         residual: bool = False,
         target: Any = None,
         saved: bool = True,
@@ -96,13 +96,19 @@ class QuantLinear(PackedModule):
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
-    def spec_key(self) -> str:
-        """The name of this layer's problem in the runtime's report."""
-        activation = "float" if self.weight.format.is_float else self.activation
-        return QuantMatmulSpec(
-            self.weight.n, self.weight.k, self.weight.format, activation, "float32", self.epilogue,
-            self.bias is not None, self.residual,
-        ).key()  # fmt: skip
+    def spec_keys(self) -> list[str]:
+        """The names that this layer's problem may have in the runtime's report."""
+        own = "int8" if self.activation == "auto" else self.activation
+        types = ["float" if self.weight.format.is_float else own]
+        if self.activation == "auto":
+            types.append("bfloat16")
+        return [
+            QuantMatmulSpec(
+                self.weight.n, self.weight.k, self.weight.format, activation, "float32", self.epilogue,
+                self.bias is not None, self.residual,
+            ).key()
+            for activation in types
+        ]  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.quant_matmul(

@@ -53,7 +53,7 @@ def load(
     kv: str = "bf16",
     threads: int | None = None,
     quantize: str | None = None,
-    activation: str = "int8",
+    activation: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     whole_step: bool = True,
 ) -> LanguageModel:
@@ -66,7 +66,8 @@ def load(
         kv: type of the KV cache: "bf16", "fp16", "fp32" or "int8".
         threads: default: the physical cores that this process may use.
         quantize: None keeps the file's precision; "int8" or "int4" rounds wider weights to it.
-        activation: "int8" quantises activations on the fly, "float" keeps them.
+        activation: "int8" quantises activations on the fly, "float" keeps them; "auto" is int8, and bf16 for
+            prompts where this CPU has a matrix unit.
         progress: called with (layers done, layers in all).
         whole_step: decode in one native call a step, where the model can be compiled so; False runs op by op.
 

@@ -27,9 +27,11 @@ def layer_report(decoder: Decoder) -> list[dict[str, Any]]:
     rows, named = [], set()
     for name, module in decoder.named_modules():
         if isinstance(module, QuantLinear):
-            key = ("quant_matmul", module.spec_key())
-            named.add(key)
-            unbound = {"operator": key[0], "spec": key[1], "form": "not bound yet"}
-            rows.append({"layer": name, "weight": repr(module.weight), **bound.get(key, unbound)})
+            keys = [("quant_matmul", key) for key in module.spec_keys()]
+            named.update(keys)
+            found = [bound[key] for key in keys if key in bound]
+            unbound = {"operator": "quant_matmul", "spec": keys[0][1], "form": "not bound yet"}
+            for row in found or [unbound]:
+                rows.append({"layer": name, "weight": repr(module.weight), **row})
     rows += [{"layer": "all", "weight": "", **row} for key, row in bound.items() if key not in named]
     return rows

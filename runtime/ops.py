@@ -11,6 +11,7 @@ from ..compiler.errors import UnsupportedError
 from ..compiler.operator import Operator
 from ..kernels.attention import OPERATOR as ATTENTION
 from ..kernels.attention import AttentionSpec
+from ..kernels.attention.space import fastest_math
 from ..kernels.embedding import OPERATOR as EMBEDDING
 from ..kernels.embedding.spec import EmbeddingSpec
 from ..kernels.norm import OPERATOR as NORM
@@ -18,6 +19,7 @@ from ..kernels.norm.spec import NormSpec
 from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
 from ..kernels.quant_matmul import PackedWeight, QuantMatmulSpec
 from ..kernels.quant_matmul.packing import layout_for
+from ..kernels.quant_matmul.space import fastest_activation
 from ..kernels.rope import OPERATOR as ROPE
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.sampling import OPERATOR as SAMPLING
@@ -63,7 +65,8 @@ def quant_matmul(
 
     x is [..., K] fp32, bf16 or fp16 on the CPU; the result is [..., N] in x's dtype ([..., N/2] for
     "silu_pair", whose weight is packed as a pair). bias is fp32 [N]; residual has the result's shape and
-    x's dtype. With activation "int8" x is quantised dynamically (see QuantMatmulSpec). The gradient
+    x's dtype. With activation "int8" x is quantised dynamically, with "bfloat16" it is rounded (see
+    QuantMatmulSpec); "auto" takes the faster of both for this target and number of rows. The gradient
     flows to x, bias and residual; the packed weight has none.
     Raises UnsupportedError for other shapes and dtypes.
     """
@@ -86,6 +89,8 @@ def quant_matmul(
         from . import autograd
 
         return autograd.quant_matmul(x, weight, bias, residual, epilogue, activation, form)
+    if activation == "auto":
+        activation = fastest_activation(x.numel() // k, weight.format, dispatch.current_target())
     cache: dict[Any, Any] = weight.__dict__.setdefault("bound_calls", {})
     key = (x.dtype, epilogue, activation, bias is None, residual is None, form, dispatch.generation())
     call = cache.get(key)
@@ -117,7 +122,7 @@ def _bind_matmul(
     activation: str,
     form: str | None,
 ) -> Any:
-    if weight.format.is_float:
+    if weight.format.is_float and activation == "int8":
         activation = "float"
     if (epilogue == "silu_pair") != weight.pair:
         raise UnsupportedError(f"epilogue {epilogue!r} does not fit a weight in layout {weight.layout}")
@@ -274,16 +279,21 @@ def attention_cached(
     softcap: float = 0.0,
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
+    math: str = "float32",
     form: str | None = None,
 ) -> torch.Tensor:
     """Return attention of q [B, Hq, T, D], whose first query stands at `position`, over a layer's KV cache.
 
-    The cache already holds the keys and values of these T positions.
+    The cache already holds the keys and values of these T positions. `math` is "float32", "bfloat16" (see
+    AttentionSpec), or "auto": bf16 for many queries over a cache of no more precision, where a matrix unit
+    makes it faster.
     """
+    if math == "auto":
+        math = fastest_math(q.shape[2], cache.dtype, dispatch.current_target())
     shape = (q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3])
     flags = (bool(window), bool(softcap), sinks is not None)
-    spec = lambda: AttentionSpec(*shape, dtype_name(q, "q"), cache.dtype, mask, "blocked", *flags)  # noqa: E731
-    key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, form)
+    spec = lambda: AttentionSpec(*shape, dtype_name(q, "q"), cache.dtype, mask, "blocked", *flags, math=math)  # noqa: E731
+    key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, math, form)
     return _call(key, ATTENTION, spec, form)(
         q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
         lengths=lengths, window=window, softcap=softcap, scale=scale, sinks=sinks,

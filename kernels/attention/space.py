@@ -15,6 +15,16 @@ _CHUNK = [256, 128, 512]  # keys of a decode chunk in long contexts
 _PREFETCH = [True, False]  # decode: V while K is read, K of the next chunk while V is read
 
 
+_MATRIX_FROM = 9  # queries from which prefill runs; fewer split the keys over the threads
+
+
+def fastest_math(queries: int, kv_dtype: str, target: Target) -> str:
+    """Return the arithmetic that "auto" stands for: bf16 where a matrix unit has enough queries."""
+    if target.isa == "amx" and queries >= _MATRIX_FROM and kv_dtype in ("bfloat16", "int8"):
+        return "bfloat16"
+    return "float32"
+
+
 def space(spec: AttentionSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration whose tiles fit half of L2, the default first."""
     names = ("block_q", "block_k", "decode_rows", "chunk", "prefetch")

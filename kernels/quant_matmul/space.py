@@ -7,6 +7,7 @@ from typing import Any
 
 from ...compiler.target import Target
 from .spec import QuantMatmulSpec
+from .weight_format import WeightFormat
 
 # (small rows, large rows) that fit the register file, the default first.
 _TILES = {
@@ -18,6 +19,19 @@ _TILES = {
 }
 _PREFETCH = [4096, 0, 1024, 2048, 8192, 16384]
 _GEMM_FROM = [16, 8, 32]
+
+
+_MATRIX_FROM = 16  # rows from which bf16 tiles beat int8 dot products: one tile
+
+
+def fastest_activation(rows: int, weight: WeightFormat, target: Target) -> str:
+    """Return the activation type that "auto" stands for: bf16 where a matrix unit multiplies many rows.
+
+    bf16 rounds less than int8 codes do. Weights of more than 8 significant bits keep float activations.
+    """
+    if target.isa == "amx" and rows >= _MATRIX_FROM and (weight.dtype == "bfloat16" or not weight.is_float):
+        return "bfloat16"
+    return "float" if weight.is_float else "int8"
 
 
 def space(spec: QuantMatmulSpec, target: Target) -> list[dict[str, Any]]:
