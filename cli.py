@@ -86,7 +86,9 @@ Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tok
 KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
 OpByOp = Annotated[bool, typer.Option("--op-by-op", help="Call every kernel from PyTorch.")]
-ActivationType = Annotated[Activation, typer.Option(help="int8 is fast; float keeps activations; auto: int8, bf16 on matrix units.")]
+ActivationType = Annotated[
+    Activation, typer.Option(help="int8 is fast; float keeps activations; auto: int8, bf16 on matrix units.")
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer at most.")]
 OutputText = Annotated[Text, typer.Option("--output", "-o", help="Form of the answer.")]
 

@@ -64,7 +64,9 @@ class Decoder(nn.Module):
     ) -> Decoder:
         """Build a decoder, packing one weight at a time; ``progress(done, total)`` counts layers."""
         if activation not in ("auto", "int8", "float"):
-            raise UnsupportedError(f"activation {activation!r} is not supported; use 'auto', 'int8' or 'float'")
+            raise UnsupportedError(
+                f"activation {activation!r} is not supported; use 'auto', 'int8' or 'float'"
+            )
         config = checkpoint.config
 
         def table(name: str) -> CanonicalWeight:

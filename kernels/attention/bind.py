@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target
-from ..shared.scratch import scratch
+from ..shared.scratch import COUNTER_BYTES, scratch
 from .areas import (
     ROW_STEP,
     decode_area,
@@ -81,7 +81,7 @@ def bind(
         if few:
             nbytes = threads * area + partial_bytes(spec, batch * hq * tq, -(-tk // chunk) + 1)
         else:
-            nbytes = threads * prefill_area
+            nbytes = threads * prefill_area + COUNTER_BYTES
         factor = spec.head_dim**-0.5 if scale is None else scale
         limits = lengths if lengths is not None else prefix
         q_sb, q_sh, q_st, _ = q.stride()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .spec import KEY_BLOCK, AttentionSpec
 
-
 _LOG2_E = 1.4426950408889634
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..shared import tir
+from ..shared.claim import reset
 from ..shared.isa.table import Isa, by_name
 from ..shared.tir import T
 from .spec import AttentionSpec
@@ -52,6 +53,7 @@ def _decode(spec: AttentionSpec, isa: Isa, max_chunk: int, prefetch: bool) -> An
 def _prefill(spec: AttentionSpec, isa: Isa, block_q: int, block_k: int) -> Any:
     kernel, problem = _problem("prefill", spec, isa)
     prefill = (MatrixPrefill if spec.math == "bfloat16" else Prefill)(problem, block_q, block_k)
+    reset(prefill.counter())
     with tir.parallel(problem.args.threads) as thread:
         prefill.phase(thread)
     return kernel.finish()

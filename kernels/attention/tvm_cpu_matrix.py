@@ -62,7 +62,9 @@ class _MatrixTile(QueryTile):
         spec, a = self.spec, self.a
         source = tir.let(self.p.row_at("q", b, h, t))
         to = tir.buffer_at(self.q_at, "uint16")
-        first = tir.let((quotient(row, T.int64(_TILE)) * (self.depth * _TILE) + remainder(row, T.int64(_TILE))) * 32)
+        first = tir.let(
+            (quotient(row, T.int64(_TILE)) * (self.depth * _TILE) + remainder(row, T.int64(_TILE))) * 32
+        )
         for block in range(self.depth):
             halves = []
             for half in range(2):
@@ -143,7 +145,9 @@ class _MatrixTile(QueryTile):
         largest.set(tir.splat(T.uint16(0), 32))
         panels = quotient(keys + (MATRIX_PANEL - 1), T.int64(MATRIX_PANEL))
         with tir.loop(tir.let(panels * _TILE)) as pair:
-            tile = tir.let(quotient(pair, T.int64(_TILE)) * (self.columns * _TILE) + remainder(pair, T.int64(_TILE)))
+            tile = tir.let(
+                quotient(pair, T.int64(_TILE)) * (self.columns * _TILE) + remainder(pair, T.int64(_TILE))
+            )
             js = [tir.let(pair * 2 + i) for i in range(2)]
             inside = [T.And(j >= first, j < keys) for j in js]
             rows = [tir.let(base + (j0 + T.min(T.max(j, first), keys - 1)) * token) for j in js]
@@ -197,7 +201,9 @@ class _MatrixTile(QueryTile):
         """Return where a row block's first and last visible keys are kept: memory, rows are a loop."""
         return self.bounds
 
-    def attend(self, row0: Any, j0: Any, begin: Any, end: Any, partial: Any, bounds: Any, poison: Any) -> None:
+    def attend(
+        self, row0: Any, j0: Any, begin: Any, end: Any, partial: Any, bounds: Any, poison: Any
+    ) -> None:
         """Emit: 32 rows against the keys [begin, end) of the tile."""
         p0 = tir.let(quotient(begin, T.int64(MATRIX_PANEL)))
         p1 = tir.let(quotient(end + (MATRIX_PANEL - 1), T.int64(MATRIX_PANEL)))
@@ -274,7 +280,8 @@ class _MatrixTile(QueryTile):
             sums = Registers(2, _TILE)
             sums[0], sums[1] = tir.f32(0.0, _TILE), tir.f32(0.0, _TILE)
             place = tir.let(
-                quotient(r, T.int64(_TILE)) * (self.block_k // MATRIX_PANEL * _TILE) + remainder(r, T.int64(_TILE))
+                quotient(r, T.int64(_TILE)) * (self.block_k // MATRIX_PANEL * _TILE)
+                + remainder(r, T.int64(_TILE))
             )
             with span(p0, p1) as p:
                 values = Registers(2, _TILE)
@@ -325,7 +332,8 @@ class _MatrixTile(QueryTile):
             low = tir.let(tir.cast(tir.load(bounds, 2 * r), "int64"))
             high = tir.let(tir.cast(tir.load(bounds, 2 * r + 1), "int64"))
             place = tir.let(
-                quotient(r, T.int64(_TILE)) * (self.block_k // MATRIX_PANEL * _TILE) + remainder(r, T.int64(_TILE))
+                quotient(r, T.int64(_TILE)) * (self.block_k // MATRIX_PANEL * _TILE)
+                + remainder(r, T.int64(_TILE))
             )
             with tir.loop(self.columns) as c:
                 at = tir.let((row0 + r) * dim + c * _TILE)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..shared import tir
 from ..shared.tir import T
+from ..shared.claim import claimed
 from .areas import ROW_STEP, prefill_offsets, whole_block_k
 from .spec import KEY_BLOCK
 from .tvm_math import LOG2_E, Registers, exp2, minus_infinity, transpose
@@ -28,21 +29,24 @@ class Prefill:
         self.tile: type[QueryTile] = _Tile
 
     def phase(self, thread: Any) -> None:
-        """Emit one thread's share: every `threads`-th query tile, the ones with most keys first."""
+        """Emit one thread's work: query tiles as they come, the ones with most keys first."""
         a, spec = self.a, self.spec
         base = tir.let(a.scratch + thread * self.sizes[-1])
         areas = self.areas(base)
         heads = tir.let(a.batch * spec.num_kv_heads)
         tiles = tir.let(quotient(a.tq + (self.queries - 1), T.int64(self.queries)))
         units = tir.let(heads * tiles)
-        with tir.loop(quotient(units - thread + a.threads - 1, a.threads)) as i:
-            unit = tir.let(thread + i * a.threads)
+        with claimed(self.counter(), units) as unit:
             tile = tir.let(tiles - 1 - quotient(unit, heads))
             head = tir.let(remainder(unit, heads))
             b = tir.let(quotient(head, T.int64(spec.num_kv_heads)))
             kv_head = tir.let(remainder(head, T.int64(spec.num_kv_heads)))
             q0 = tir.let(tile * self.queries)
             self.tile(self, b, kv_head, q0, areas).emit()
+
+    def counter(self) -> Any:
+        """Return the address of the counter of query tiles, behind the areas of all threads."""
+        return tir.let(self.a.scratch + self.a.threads * self.sizes[-1])
 
     def areas(self, base: Any) -> list[Any]:
         """Return a thread's areas."""
@@ -127,7 +131,6 @@ class QueryTile:
                     tir.store(bounds, 2 * r, tir.cast(clip(low), "int32"))
                     tir.store(bounds, 2 * r + 1, tir.cast(clip(high), "int32"))
             self.attend(row0, j0, begin, end, partial, bounds, poison)
-
 
 
 class _Tile(QueryTile):

@@ -7,6 +7,7 @@ from typing import Any
 from ...compiler.operator import Declined, Form
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
+from ..quant_matmul.space import prefetches
 from .spec import LAYER_SLOTS, DecoderStepSpec
 
 __all__ = ["LAYER_SLOTS", "TVM_CPU", "DecoderStepSpec"]
@@ -27,10 +28,9 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
 
 def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
     small = {"amx": 4, "avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
-    prefetches = (4096, 0, 2048, 8192, 16384)
     kv = attention_space(spec.attention(), target)[0]
     shared = {"small_rows": small, "chunk": kv["chunk"], "kv_prefetch": kv["prefetch"]}
-    return [shared | {"prefetch": distance} for distance in prefetches]
+    return [shared | ahead for ahead in prefetches(target)]
 
 
 def _lower(spec: DecoderStepSpec, configuration: Any, target: Target) -> list[Any]:

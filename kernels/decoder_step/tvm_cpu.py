@@ -17,6 +17,7 @@ from ..embedding.tvm_emit import PackedRow
 from ..norm.spec import NormSpec
 from ..norm.tvm_emit import NormRow
 from ..quant_matmul.tvm_cpu import Context, direct_share, prepare_row, row_tiles, shared_range
+from ..quant_matmul.tvm_cpu_tiles import Prefetch
 from ..rope.spec import RopeSpec
 from ..rope.tvm_emit import emit_rope_row
 from ..shared import tir
@@ -203,5 +204,5 @@ class _Step:
     def _barrier(self) -> None:
         wait(self.kernel["barrier"], self.kernel["threads"])
 
-    def _prefetch(self) -> int:
-        return int(self.configuration["prefetch"])
+    def _prefetch(self) -> Prefetch:
+        return Prefetch.of(self.configuration)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...compiler.target import Target
-from ..shared.scratch import scratch
+from ..shared.scratch import COUNTER_BYTES, scratch
 from .packing import PackedWeight
 from .sizes import TILE, element_bytes, is_integer, line, padded_k, panel_bytes, uses_matrix
 from .spec import QuantMatmulSpec
@@ -44,7 +44,8 @@ def bind(
             function, padded = gemm, -(-m // large) * large
         codes = line(padded * k_padded * code_size)
         scales = line(padded * groups * 4)
-        base = scratch(codes + 2 * scales + (threads * panel if function is gemm else 0))
+        panels = threads * panel if function is gemm else 0
+        base = scratch(codes + 2 * scales + panels + COUNTER_BYTES)
         function(
             m,
             threads,
@@ -58,6 +59,7 @@ def bind(
             base + codes,
             base + codes + scales,
             base + codes + 2 * scales,
+            base + codes + 2 * scales + panels,
         )
         return y
 

@@ -6,7 +6,6 @@ from ..shared.isa.table import INT8_CODES
 from .packing import BLOCK
 from .spec import QuantMatmulSpec
 
-
 TILE = 16  # rows and columns of a matrix unit's tile; 2 x TILE values of K
 TILE_STATE_BYTES = 8 << 10  # what a thread keeps of its tiles in memory (see shared/isa)
 

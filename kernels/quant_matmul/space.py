@@ -17,7 +17,10 @@ _TILES = {
     "portable": [(2, 4), (1, 2)],
     "portable16": [(4, 12)],
 }
-_PREFETCH = [4096, 0, 1024, 2048, 8192, 16384]
+# Bytes ahead, and how near the core (3: L1, 1: L2), the default first. On Zen 5 L1 is best; on Emerald Rapids
+# L1 has too few outstanding lines: into L2, 135M decodes 1.45x as fast, 1B 1.08x.
+_PREFETCH = [(4096, 3), (0, 3), (1024, 3), (2048, 3), (8192, 3), (16384, 3), (8192, 1), (16384, 1)]
+_PREFETCH_AMX = [(8192, 1), (16384, 1), (4096, 1), (4096, 3), (8192, 3), (0, 3)]
 _GEMM_FROM = [16, 8, 32]
 
 
@@ -38,6 +41,12 @@ def space(spec: QuantMatmulSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration, the default first."""
     tiles = _TILES[target.isa]
     return [
-        {"small_rows": small, "large_rows": large, "prefetch": prefetch, "gemm_from": switch}
-        for (small, large), prefetch, switch in itertools.product(tiles, _PREFETCH, _GEMM_FROM)
+        {"small_rows": small, "large_rows": large, **prefetch, "gemm_from": switch}
+        for (small, large), prefetch, switch in itertools.product(tiles, prefetches(target), _GEMM_FROM)
     ]
+
+
+def prefetches(target: Target) -> list[dict[str, int]]:
+    """Return the ways to ask for weights ahead, the default first."""
+    found = _PREFETCH_AMX if target.isa == "amx" else _PREFETCH
+    return [{"prefetch": distance, "prefetch_locality": locality} for distance, locality in found]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..shared import tir
+from ..shared.claim import claimed, reset
 from ..shared.isa.table import Isa, by_name
 from ..shared.math import silu
 from ..shared.tir import T
@@ -18,6 +19,7 @@ from .spec import QuantMatmulSpec
 from .tvm_cpu_rows import clear_row, correction_kind, quantize_row, widen_row
 from .tvm_cpu_tiles import (
     Activations,
+    Prefetch,
     Stream,
     Tile,
     fill_float_panel,
@@ -28,7 +30,7 @@ from .tvm_cpu_tiles import (
 )
 
 # "one" is 1 at run time: a trip count times it is one that LLVM cannot know.
-ARGUMENTS = ("m", "threads", "one", "x", "w", "bias", "residual", "y", "codes", "scales", "sums", "panel")
+ARGUMENTS = ("m", "threads", "one", "x", "w", "bias", "residual", "y", "codes", "scales", "sums", "panel", "counter")
 
 
 @dataclass
@@ -74,7 +76,7 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
     isa = by_name(str(configuration.get("isa") or target.isa))
     vectors = BLOCK // isa.lanes
     small, large = int(configuration["small_rows"]), int(configuration["large_rows"])
-    prefetch = int(configuration["prefetch"])
+    prefetch = Prefetch.of(configuration)
     return [
         _direct("gemv", isa, spec, 1, vectors, prefetch),
         _direct("rows", isa, spec, small, min(2, vectors), prefetch),
@@ -92,7 +94,7 @@ def new_kernel(name: str, spec: QuantMatmulSpec) -> Any:
         "bias": "*float32",
     }
     types |= {"residual": "*" + spec.x_dtype, "y": "*" + spec.x_dtype, "codes": "int64", "scales": "*float32"}
-    types |= {"sums": "int64", "panel": "int64"}
+    types |= {"sums": "int64", "panel": "int64", "counter": "int64"}
     return tir.Kernel(name, [(a, types[a]) for a in ARGUMENTS])
 
 
@@ -130,7 +132,7 @@ def prepare_row(c: Context, row: Any, wide: bool = False, x_at: Any = None) -> N
         clear_row(c.isa, spec, c.row_outputs(wide), row)
 
 
-def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int, prefetch: int) -> Any:
+def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int, prefetch: Prefetch) -> Any:
     """Small M: rows prepared by the caller, weights unpacked in registers, one linear stream a thread."""
     kernel = new_kernel(name, spec)
     c = Context(isa, spec, kernel, rows, vectors)
@@ -146,18 +148,19 @@ def row_tiles(c: Context) -> Any:
     return tir.let(T.truncdiv(c.kernel["m"] + (c.rows - 1), T.int64(c.rows)))
 
 
-def direct_share(c: Context, thread: Any, prefetch: int, together: int = 1) -> None:
+def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1) -> None:
     """Emit one thread's share of the product of prepared rows; `together` blocks stay on one thread."""
     kernel = c.kernel
 
     def compute(stream: Stream, tile: Tile, first: int, row0: Any) -> None:
         if c.integer:
             act = _activations(c, row0, wide=False)
-            int_tile(stream, act, tile, first, c.kernel["one"], prefetch=prefetch if first == 0 else 0)
+            ahead = prefetch if first == 0 else Prefetch()
+            int_tile(stream, act, tile, first, c.kernel["one"], prefetch=ahead)
         else:
             float_tile(stream, tir.buffer_at(kernel["codes"], "float32"), row0, c.k_padded, tile, first)
 
-    with share(c, thread, together) as unit:
+    with _share(c, thread, together) as unit:
         if c.rows == 1:
             with tir.loop(kernel["m"]) as row:
                 _unit(c, unit, row, compute)
@@ -176,7 +179,8 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
     parts = 2 if spec.epilogue == "silu_pair" else 1
     size = panel_bytes(spec, isa.name) // parts
 
-    with tir.parallel(kernel["threads"]) as thread, share(c, thread) as unit:
+    reset(kernel["counter"])
+    with tir.parallel(kernel["threads"]) as thread, claimed(kernel["counter"], T.int64(units(c))) as unit:
         panels = []
         for part in range(parts):
             at = kernel["panel"] + thread * (size * parts) + part * size
@@ -208,14 +212,18 @@ def shared_range(total: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
     return first, tir.let(T.truncdiv((thread + 1) * total, threads))
 
 
-@contextlib.contextmanager
-def share(c: Context, thread: Any, together: int = 1) -> Iterator[Any]:
-    """Loop over a thread's contiguous range of column blocks (of block pairs for a gated epilogue)."""
+def units(c: Context) -> int:
+    """Return how many column blocks (of a gated epilogue: pairs of blocks) there are."""
     parts = 2 if c.spec.epilogue == "silu_pair" else 1
-    units = -(-(c.spec.n // parts) // BLOCK)
-    first, last = shared_range(-(-units // together), thread, c.kernel["threads"])
+    return -(-(c.spec.n // parts) // BLOCK)
+
+
+@contextlib.contextmanager
+def _share(c: Context, thread: Any, together: int = 1) -> Iterator[Any]:
+    """Loop over a thread's contiguous range of column blocks (of block pairs for a gated epilogue)."""
+    first, last = shared_range(-(-units(c) // together), thread, c.kernel["threads"])
     begin = tir.let(first * together) if together > 1 else first
-    end = tir.let(T.min(last * together, T.int64(units))) if together > 1 else last
+    end = tir.let(T.min(last * together, T.int64(units(c)))) if together > 1 else last
     with tir.loop(tir.let(end - begin)) as i:
         yield tir.let(begin + i)
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..shared import tir
+from ..shared.claim import claimed, reset
 from ..shared.isa.table import Isa, by_name
 from ..shared.tir import T
 from .packing import BLOCK
 from .sizes import TILE, panel_bytes
 from .spec import QuantMatmulSpec
-from .tvm_cpu import Context, finish_vector, new_kernel, share, stream_of
+from .tvm_cpu import Context, finish_vector, new_kernel, stream_of, units
 from .tvm_cpu_tiles import Stream, float_element, float_weights
 
 ROWS = 2 * TILE  # rows of x that pass a block together
@@ -40,11 +41,12 @@ def _gemm(name: str, isa: Isa, spec: QuantMatmulSpec) -> Any:
 
     parts = 2 if spec.epilogue == "silu_pair" else 1
     panel = c.k_padded * BLOCK * 2
+    reset(kernel["counter"])
     with tir.parallel(kernel["threads"]) as thread:
         area = tir.let(kernel["panel"] + thread * panel_bytes(spec, isa.name))
         results = tir.let(area + parts * panel)
         isa.matrix.configure(tir.let(results + parts * _RESULT_BYTES))
-        with share(c, thread) as unit:
+        with claimed(kernel["counter"], T.int64(units(c))) as unit:
             for part in range(parts):
                 fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), c.k_padded)
             with tir.loop(T.truncdiv(tiles + 1, T.int64(2))) as t:
@@ -66,7 +68,9 @@ def round_row(c: Context, row: Any) -> None:
     k, spec = c.kernel, c.spec
     out = tir.buffer_at(k["codes"], "uint16")
     blocks, whole = c.k_padded // DEPTH, spec.k // DEPTH
-    first = tir.let((T.truncdiv(row, T.int64(TILE)) * (blocks * TILE) + T.truncmod(row, T.int64(TILE))) * DEPTH)
+    first = tir.let(
+        (T.truncdiv(row, T.int64(TILE)) * (blocks * TILE) + T.truncmod(row, T.int64(TILE))) * DEPTH
+    )
     zeros = tir.splat(T.uint16(0), DEPTH)
     with tir.when(row < k["m"]):
         with tir.loop(whole) as block:

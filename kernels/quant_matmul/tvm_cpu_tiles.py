@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,19 @@ class Tile:
     def add(self, row: int, vector: int, value: Any) -> None:
         """Emit an addition to one accumulator."""
         self.set(row, vector, self.get(row, vector) + value)
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """How far ahead weights are asked for, in bytes (0: not at all), and how near the core (3: L1, 1: L2)."""
+
+    distance: int = 0
+    locality: int = 3
+
+    @staticmethod
+    def of(configuration: Mapping[str, Any]) -> Prefetch:
+        """Return what a configuration says."""
+        return Prefetch(int(configuration["prefetch"]), int(configuration["prefetch_locality"]))
 
 
 @dataclass
@@ -87,11 +101,15 @@ class Stream:
         first = (self.at + group * self.geometry.group_bytes + at) // size + vector * self.isa.lanes
         return tir.to_f32(self.views["scale"], first, self.isa.lanes)
 
-    def prefetch_group(self, group: Any, distance: int) -> None:
-        """Emit prefetches of one group's lines, `distance` bytes ahead."""
-        if distance:
+    def prefetch_group(self, group: Any, ahead: Prefetch) -> None:
+        """Emit prefetches of the lines that lie so far ahead of one group's."""
+        if ahead.distance:
             for line in range(0, self.geometry.group_bytes, 64):
-                tir.prefetch(self.views["u8"], self.at + group * self.geometry.group_bytes + line + distance)
+                at = self.at + group * self.geometry.group_bytes + line + ahead.distance
+                tir.prefetch(self.views["u8"], at, ahead.locality)
+
+
+_NO_PREFETCH = Prefetch()
 
 
 @dataclass
@@ -112,7 +130,7 @@ def int_tile(
     first_vector: int,
     one: Any,
     panel: Any = None,
-    prefetch: int = 0,
+    prefetch: Prefetch = _NO_PREFETCH,
 ) -> None:
     """Emit: tile = codes . activations over all groups, scaled; exact integers inside a group.
 

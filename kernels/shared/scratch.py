@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+COUNTER_BYTES = 64  # a counter of claimed work has a cache line of its own
+
 _local = threading.local()
 
 

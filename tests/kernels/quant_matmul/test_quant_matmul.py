@@ -307,7 +307,7 @@ def test_every_tile_of_the_space_is_right() -> None:
 @pytest.mark.parametrize("name", ["znver5", "znver3", "x86-64-v2", "raspberry-pi-5"])
 def test_space_starts_with_a_member_that_names_every_axis(name: str) -> None:
     found = TVM_CPU.space(PLAIN["int4"], Target.parse(name))
-    assert set(found[0]) == {"small_rows", "large_rows", "prefetch", "gemm_from"}
+    assert set(found[0]) == {"small_rows", "large_rows", "prefetch", "prefetch_locality", "gemm_from"}
     assert len({tuple(c.items()) for c in found}) == len(found)
 
 
