@@ -120,6 +120,8 @@ def _llvm_target(target: Target) -> dict[str, Any]:
     # An ISA entry below the CPU's own must not meet instructions above it.
     if target.arch == "x86_64" and target.isa == "portable":
         options["mcpu"] = "x86-64-v2" if {"sse4_2", "popcnt"} <= target.features else "x86-64"
+    if target.isa in ("amx", "avx512_vnni"):
+        options["mattr"] = ["-prefer-256-bit"]  # LLVM would split 512-bit stores on Intel's CPUs
     return options
 
 

@@ -27,11 +27,15 @@ def fastest_math(queries: int, kv_dtype: str, target: Target) -> str:
 
 def space(spec: AttentionSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration whose tiles fit half of L2, the default first."""
+    if spec.math == "bfloat16":  # larger tiles share the conversion of K and V, and decays of the output
+        rows, keys = [192, 96, 384], [256, 128, 512]
+    else:
+        rows, keys = _ROWS, _KEYS
     names = ("block_q", "block_k", "decode_rows", "chunk", "prefetch")
-    most = max(target.l2 // 2, tile_bytes(spec, min(_ROWS), min(_KEYS)))
+    most = max(target.l2 // 2, tile_bytes(spec, min(rows), min(keys)))
     return [
         dict(zip(names, values))
-        for values in itertools.product(_ROWS, _KEYS, _DECODE_ROWS, _CHUNK, _PREFETCH)
+        for values in itertools.product(rows, keys, _DECODE_ROWS, _CHUNK, _PREFETCH)
         if tile_bytes(spec, values[0], values[1]) <= most
     ]
 
