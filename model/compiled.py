@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..compiler.errors import EdgeFormerError
 from ..compiler.target import Target
 from ..kernels.decoder_step import DecoderStepSpec
+from ..kernels.attention.space import fastest_math
+from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
-from ..runtime.program import MAX_ROWS, StepProgram
+from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram
 from .config import DecoderConfig
 from .decoder import Block, Decoder
 
@@ -89,6 +93,7 @@ class CompiledDecoder:
             decoder.embed.weight,
             decoder.head.weight,
             decoder.norm.weight,
+            chunk_spec=chunk_spec(decoder, self.kv, self.target),
         )
 
     @torch.inference_mode()
@@ -100,10 +105,12 @@ class CompiledDecoder:
         lengths: Tensor | None = None,
         last_only: bool = True,
     ) -> Tensor:
-        """Logits fp32 [B, 1 or T, vocab]; short chunks run the program, long ones the eager decoder."""
+        """Logits fp32 [B, 1 or T, vocab] of tokens int64 [B, T] or embeddings fp32 [B, T, hidden]."""
         batch, tokens = ids.shape[:2]
-        if batch * tokens > MAX_ROWS or position + tokens > self.decoder.context:
-            return self.decoder(ids, cache, position, lengths, last_only)
+        if position + tokens > self.decoder.context or batch > CHUNK_ROWS:
+            return self.decoder(ids, cache, position, lengths, last_only)  # which says what does not fit
+        if batch * tokens > MAX_ROWS:
+            return self._chunks(ids, cache, position, lengths, last_only)
         cos, sin = self.decoder.rope_rows(position, position + tokens, lengths)
         embedded = ids.is_floating_point()
         logits = self.program.run(
@@ -116,6 +123,40 @@ class CompiledDecoder:
             lengths=None if lengths is None else lengths.to(torch.int32).contiguous(),
         )
         return logits[:, -1:] if last_only else logits
+
+    def _chunks(
+        self, ids: Tensor, cache: KVCache, position: int, lengths: Tensor | None, last_only: bool
+    ) -> Tensor:
+        decoder, found = self.decoder, []
+        step, total = CHUNK_ROWS // ids.shape[0], ids.shape[1]
+        for start in range(0, total, step):
+            part = ids[:, start : start + step]
+            end = position + start + part.shape[1]
+            valid = None if lengths is None else (lengths - (total - start - part.shape[1])).clamp_(min=0)
+            found.append(self._hidden(part, cache, end - part.shape[1], end, valid))
+        x = torch.cat([part[:, -1:] for part in found[-1:]] if last_only else found, dim=1)
+        return decoder.head(decoder.norm(x))
+
+    def _hidden(self, ids: Tensor, cache: KVCache, start: int, end: int, lengths: Tensor | None) -> Tensor:
+        """Hidden states [B, T, hidden] behind the last layer."""
+        cos, sin = self.decoder.rope_rows(start, end, lengths)
+        embedded = ids.is_floating_point()
+        return self.program.run(
+            cache, start, cos, sin, ids=None if embedded else ids, hidden=ids if embedded else None,
+            lengths=None if lengths is None else lengths.to(torch.int32).contiguous(), head=False,
+        )  # fmt: skip
+
+
+def chunk_spec(decoder: Decoder, kv: str, target: Target) -> DecoderStepSpec | None:
+    """Return the problem of long chunks where it is another than the step's: "auto" on a matrix unit."""
+    spec = step_spec(decoder, kv)
+    fastest = {
+        fastest_activation(MAX_ROWS + 1, f, target) for f in (spec.qkv, spec.o, spec.gate_up, spec.down)
+    }
+    math = fastest_math(MAX_ROWS + 1, spec.kv_dtype, target)
+    if decoder.head.activation != "auto" or fastest != {"bfloat16"} or math != "bfloat16":
+        return None
+    return dataclasses.replace(spec, activation="bfloat16")
 
 
 def compile_decoder(decoder: Decoder, target: Target, kv: str) -> tuple[CompiledDecoder | None, str]:
@@ -132,18 +173,19 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
     """Compare every segment with the eager model on the same inputs; return what differs, or "".
 
     Each layer is fed the eager hidden states, so that int8 codes that round the other way do not pile
-    up: odd lengths, several rows, then single tokens over the cache that the program has written.
+    up: odd lengths, a chunk, several rows, then single tokens over the cache that the program has written.
     """
     c: DecoderConfig = decoder.config
-    room = min(decoder.context, 32)
-    if room < 11:
+    lengths = (17, 5, 1, 1, 3, 1) if decoder.context >= 28 else (5, 1, 1, 3, 1)
+    room = sum(lengths)
+    if decoder.context < room:
         return ""
     program = compiled.program
-    ids = torch.randint(0, c.vocab_size, (1, 11), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, c.vocab_size, (1, room), generator=torch.Generator().manual_seed(0))
     eager, ours = (KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, room, dtype=kv) for _ in range(2))
     with torch.inference_mode():
         start = 0
-        for length in (5, 1, 1, 3, 1):
+        for length in lengths:
             chunk, end = ids[:, start : start + length], start + length
             cos, sin = decoder.rope_rows(start, end, None)
             x = decoder.embed(chunk)
@@ -155,11 +197,12 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
                 if not error < _TOLERANCE:
                     return f"layer {i} of the compiled step differs by {error:.2%} at position {start}"
                 x = wanted
-            logits = decoder.head(decoder.norm(x))
-            got = program.run(ours, start, cos, sin, hidden=x, first=c.num_layers, count=0)
-            error = float((got - logits).norm() / logits.norm())
-            if not error < _TOLERANCE:
-                return f"the head of the compiled step differs by {error:.2%}"
+            if length <= MAX_ROWS:
+                logits = decoder.head(decoder.norm(x))
+                got = program.run(ours, start, cos, sin, hidden=x, first=c.num_layers, count=0)
+                error = float((got - logits).norm() / logits.norm())
+                if not error < _TOLERANCE:
+                    return f"the head of the compiled step differs by {error:.2%}"
             eager.length = ours.length = start = end
         embedded = program.run(ours, 0, *decoder.rope_rows(0, 1, None), ids=ids[:, :1], count=0, head=False)
         if not torch.allclose(embedded, decoder.embed(ids[:, :1]), rtol=1e-5, atol=1e-6):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
 from ..compiler.target import Target
-from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes
+from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes, prefill_area
+from ..kernels.decoder_step.workspace import BARRIER_BYTES
 from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
-from ..kernels.decoder_step.workspace import thread_area
+from ..kernels.decoder_step.workspace import chunk_area, thread_area
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.packing import aligned_empty
@@ -20,15 +21,17 @@ from . import launch
 from .kv_cache import KVCache
 from .threads import team_size
 
-MAX_ROWS = 8
-_BARRIER_BYTES = 256
+MAX_ROWS = 8  # of a step; more are a chunk
+CHUNK_ROWS = 1024
+_TILE_ROWS = 96  # a multiple of every register tile's rows
 
 
 class StepProgram:
     """Runs segments of a decoder whose weights are bound by handle.
 
     `layers` holds for each layer its handles by slot name (see LAYER_SLOTS; caches are bound at run
-    time). Hidden states are fp32 [batch, tokens, hidden]; at most MAX_ROWS rows (batch x tokens) a call.
+    time). Hidden states are fp32 [batch, tokens, hidden]. Up to MAX_ROWS rows (batch x tokens) are a step;
+    more, up to CHUNK_ROWS, are a chunk, which `chunk_spec` may give to a matrix unit.
     Not safe for two threads at once. Raises DeclinedError or BuildError when the step cannot be compiled.
     """
 
@@ -41,6 +44,7 @@ class StepProgram:
         head: PackedWeight,
         head_norm: Tensor,
         configuration: dict[str, Any] | None = None,
+        chunk_spec: DecoderStepSpec | None = None,
     ) -> None:
         declined = TVM_CPU.decide(spec, target)
         if declined is not None:
@@ -51,6 +55,15 @@ class StepProgram:
         if library.handle is None:
             raise DeclinedError("the whole step: without a linker kernels run on TVM's own thread pool")
         self._step_1, self._step_n = library.function("step_1"), library.function("step_n")
+        self.chunk_spec = chunk_spec or spec
+        self.chunk_configuration = TVM_CPU.space(self.chunk_spec, target)[0]
+        if chunk_spec is not None:
+            library = launch.load_or_build(
+                "decoder_step", TVM_CPU, chunk_spec, self.chunk_configuration, target
+            )
+        self._chunk = library.function("chunk")
+        self._chunk_arena: torch.Tensor | None = None
+        self._chunk_key = (0, 0)
         self._rows = int(self.configuration["small_rows"])
         self.layers = len(layers)
         self.head_norm = head_norm.float().contiguous()
@@ -117,8 +130,10 @@ class StepProgram:
         batch, tq = source.shape[:2]
         m, spec = batch * tq, self.spec
         count = self.layers - first if count is None else count
-        if m > MAX_ROWS:
-            raise CapacityError(f"a step takes up to {MAX_ROWS} rows, not {m}")
+        if m > CHUNK_ROWS:
+            raise CapacityError(f"a chunk takes up to {CHUNK_ROWS} rows, not {m}")
+        if m > MAX_ROWS and head:
+            raise CapacityError(f"a step with a head takes up to {MAX_ROWS} rows, not {m}")
         if position + tq > cache.capacity:
             raise CapacityError(f"{position + tq} tokens do not fit a KV cache of {cache.capacity}")
         if cache is not self._cache:
@@ -128,28 +143,33 @@ class StepProgram:
             self._asked = torch.get_num_threads()
             self._allocate(team_size(), cache.capacity)
         threads = self._threads
+        if m > MAX_ROWS:
+            addresses, areas = self._chunk_memory(m)
+        else:
+            addresses, areas = self._addresses, (self._work, self._attention, self._barrier)
         kv = cache.layer(min(first, self.layers - 1))
         if ids is not None:
             check_ids(ids, spec.vocab)
             ids = ids.contiguous()  # held here: the kernel gets the bare address
+        x = self._x if m <= MAX_ROWS else self._chunk_x
         if hidden is not None:
-            self._x[: m * spec.hidden] = hidden.reshape(-1)
+            x[: m * spec.hidden] = hidden.reshape(-1)
         logits = torch.empty(batch, tq, spec.vocab) if head else None
         if lengths is None:
-            self._lengths.fill_(tk)
-            lengths = self._lengths
+            lengths = self._full_lengths(batch, tk)
         chunk = decode_chunk(tk, int(self.configuration["chunk"]))
         ks = kv.k_scale.stride()[:2] if kv.k_scale is not None else (0, 0)
-        (self._step_1 if m == 1 else self._step_n)(
+        function = self._chunk if m > MAX_ROWS else (self._step_1 if m == 1 else self._step_n)
+        function(
             threads, 1, batch, tq, position,
             count, self._table.data_ptr() + first * len(LAYER_SLOTS) * 8,
             0 if ids is None else ids.data_ptr(),
             0 if ids is None else self.embed.buffer.data_ptr(),
             self.head.buffer.data_ptr() if head else 0,
             self.head_norm.data_ptr(),
-            *self._addresses,
+            *addresses,
             0 if logits is None else logits.data_ptr(),
-            self._work, self._attention, self._barrier,
+            *areas,
             cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0, lengths.data_ptr(),
             *kv.k.stride()[:2], *kv.v.stride()[:2], *ks,
             chunk,
@@ -158,12 +178,46 @@ class StepProgram:
             cache.length = tk
         if logits is not None:
             return logits
-        return self._x[: m * spec.hidden].clone().view(batch, tq, spec.hidden)
+        return x[: m * spec.hidden].clone().view(batch, tq, spec.hidden)
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of the arena."""
-        return self._arena.numel() if self._threads else 0
+        chunk = 0 if self._chunk_arena is None else self._chunk_arena.numel()
+        return chunk + (self._arena.numel() if self._threads else 0)
+
+    def _full_lengths(self, batch: int, tokens: int) -> Tensor:
+        if self._lengths.numel() < batch:
+            self._lengths = torch.empty(batch, dtype=torch.int32)
+        self._lengths.fill_(tokens)
+        return self._lengths
+
+    def _chunk_memory(self, rows: int) -> tuple[list[int], tuple[int, int, int]]:
+        """Return the addresses of a chunk's arena; it grows to the largest chunk."""
+        spec, configuration, threads = self.chunk_spec, self.chunk_configuration, self._threads
+        padded = -(-rows // _TILE_ROWS) * _TILE_ROWS
+        if self._chunk_arena is None or padded > self._chunk_key[0] or threads != self._chunk_key[1]:
+            isa = str(configuration.get("isa") or self.target.isa)
+            blocks = int(configuration["block_q"]), int(configuration["block_k"])
+            sizes = [
+                4 * padded * spec.hidden,
+                4 * padded * spec.qkv_columns,
+                4 * padded * spec.attention_columns,
+                4 * padded * spec.intermediate,
+                chunk_area(spec, isa).nbytes(padded, threads),
+                threads * prefill_area(spec.attention(), isa, *blocks),
+                BARRIER_BYTES,
+            ]
+            self._chunk_offsets = _offsets(sizes)
+            self._chunk_arena = None  # free the old one first
+            with torch.inference_mode(False):
+                self._chunk_arena = aligned_empty(self._chunk_offsets[-1])
+                self._chunk_arena[-BARRIER_BYTES:] = 0
+                self._chunk_x = self._chunk_arena[: sizes[0]].view(torch.float32)
+            self._chunk_key = (padded, threads)
+        base = self._chunk_arena.data_ptr()
+        at = [base + offset for offset in self._chunk_offsets]
+        return at[:4], (at[4], at[5], at[6])
 
     def _allocate(self, threads: int, keys: int) -> None:
         """Lay the arena out for a number of threads and a context length."""
@@ -180,12 +234,10 @@ class StepProgram:
             4 * MAX_ROWS * spec.intermediate,
             threads * (padded * area.row_bytes + area.fixed_bytes),
             threads * decode_area(attention, chunk) + partial_bytes(attention, rows, chunks + 1),
-            _BARRIER_BYTES,
+            BARRIER_BYTES,
             4 * MAX_ROWS,
         ]
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + -(-size // 64) * 64)
+        offsets = _offsets(sizes)
         with torch.inference_mode(False):  # the arena is written inside and outside of inference mode
             self._arena = aligned_empty(offsets[-1]).zero_()
             self._x = self._arena[: sizes[0]].view(torch.float32)
@@ -194,3 +246,11 @@ class StepProgram:
         self._addresses = [base + o for o in offsets[:4]]
         self._work, self._attention, self._barrier = (base + o for o in offsets[4:7])
         self._threads, self._keys = threads, keys
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    """Return where areas of these sizes start, each on a line of its own, and the total."""
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // 64) * 64)
+    return offsets

@@ -53,6 +53,14 @@ MATRIX_PANEL = 32  # keys of a step: two tiles of scores, one of weights
 _TILE_STATE_BYTES = 8 << 10  # what a thread keeps of its tiles in memory (see shared/isa)
 
 
+def prefill_area(spec: AttentionSpec, isa: str, block_q: int, block_k: int) -> int:
+    """Return the bytes of one thread's areas in prefill."""
+    block_k = whole_block_k(block_k)
+    if spec.math == "bfloat16":
+        return matrix_offsets(spec, block_q, block_k)[-1]
+    return prefill_offsets(spec, ROW_STEP[isa], block_q, block_k)[-1]
+
+
 def score_stride(block_k: int) -> int:
     """Return the bytes between two rows of scores: one line more than they take, to spread over L1's sets."""
     return 4 * block_k + 64

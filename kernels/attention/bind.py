@@ -11,15 +11,7 @@ from torch import Tensor
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target
 from ..shared.scratch import COUNTER_BYTES, scratch
-from .areas import (
-    ROW_STEP,
-    decode_area,
-    decode_chunk,
-    matrix_offsets,
-    partial_bytes,
-    prefill_offsets,
-    whole_block_k,
-)
+from .areas import decode_area, decode_chunk, partial_bytes, prefill_area
 from .spec import KEY_BLOCK, AttentionSpec
 
 __all__ = ["bind", "check", "decode_area", "decode_chunk"]
@@ -36,14 +28,10 @@ def bind(
     prefill = library.function("prefill")
     decode = prefill if matrix else library.function("decode")
     decode_rows, max_chunk = int(configuration["decode_rows"]), int(configuration["chunk"])
-    block_q, block_k = int(configuration["block_q"]), whole_block_k(int(configuration["block_k"]))
-    step = ROW_STEP[str(configuration.get("isa") or target.isa)]
+    block_q, block_k = int(configuration["block_q"]), int(configuration["block_k"])
     blocked, scaled = spec.layout == "blocked", spec.kv_dtype == "int8"
     area = decode_area(spec, max_chunk)
-    if matrix:
-        prefill_area = matrix_offsets(spec, block_q, block_k)[-1]
-    else:
-        prefill_area = prefill_offsets(spec, step, block_q, block_k)[-1]
+    per_thread = prefill_area(spec, str(configuration.get("isa") or target.isa), block_q, block_k)
     out_dtype = getattr(torch, spec.q_dtype)
     hq, dv = spec.num_heads, spec.v_head_dim
 
@@ -81,7 +69,7 @@ def bind(
         if few:
             nbytes = threads * area + partial_bytes(spec, batch * hq * tq, -(-tk // chunk) + 1)
         else:
-            nbytes = threads * prefill_area + COUNTER_BYTES
+            nbytes = threads * per_thread + COUNTER_BYTES
         factor = spec.head_dim**-0.5 if scale is None else scale
         limits = lengths if lengths is not None else prefix
         q_sb, q_sh, q_st, _ = q.stride()

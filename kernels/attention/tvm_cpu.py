@@ -30,6 +30,11 @@ def lower(spec: AttentionSpec, configuration: Mapping[str, Any], target: Target)
     ]
 
 
+def prefill_emitter(problem: Problem, block_q: int, block_k: int, counter: Any = None) -> Prefill:
+    """Return the emitter of prefill for the problem's arithmetic."""
+    return (MatrixPrefill if problem.spec.math == "bfloat16" else Prefill)(problem, block_q, block_k, counter)
+
+
 def _problem(name: str, spec: AttentionSpec, isa: Isa) -> tuple[Any, Problem]:
     types = argument_types(spec)
     kernel = tir.Kernel(name, types)
@@ -52,7 +57,7 @@ def _decode(spec: AttentionSpec, isa: Isa, max_chunk: int, prefetch: bool) -> An
 
 def _prefill(spec: AttentionSpec, isa: Isa, block_q: int, block_k: int) -> Any:
     kernel, problem = _problem("prefill", spec, isa)
-    prefill = (MatrixPrefill if spec.math == "bfloat16" else Prefill)(problem, block_q, block_k)
+    prefill = prefill_emitter(problem, block_q, block_k)
     reset(prefill.counter())
     with tir.parallel(problem.args.threads) as thread:
         prefill.phase(thread)

@@ -23,7 +23,8 @@ _PAIRS = [i // 2 + (i % 2) * _TILE for i in range(2 * _TILE)]  # two vectors sid
 class MatrixPrefill(Prefill):
     """Emitter of the one phase. `block_q` bounds the rows (queries x heads of a group) of a tile."""
 
-    def __init__(self, problem: Problem, block_q: int, block_k: int) -> None:
+    def __init__(self, problem: Problem, block_q: int, block_k: int, counter: Any = None) -> None:
+        self.claims = counter
         self.p, self.spec, self.a, self.lanes = problem, problem.spec, problem.args, _TILE
         self.step, self.panel = MATRIX_ROWS, MATRIX_PANEL
         self.block_k = whole_block_k(block_k)

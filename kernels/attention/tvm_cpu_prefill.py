@@ -19,7 +19,8 @@ _UNROLL = 4  # elements of the head dimension a loop step of q . k
 class Prefill:
     """Emitter of the one phase. `block_q` bounds the rows (queries x heads of a group) of a tile."""
 
-    def __init__(self, problem: Problem, block_q: int, block_k: int) -> None:
+    def __init__(self, problem: Problem, block_q: int, block_k: int, counter: Any = None) -> None:
+        self.claims = counter
         self.p, self.spec, self.a, self.lanes = problem, problem.spec, problem.args, problem.lanes
         self.step = ROW_STEP[problem.isa.name]
         self.panel = _VECTORS * self.lanes
@@ -45,7 +46,9 @@ class Prefill:
             self.tile(self, b, kv_head, q0, areas).emit()
 
     def counter(self) -> Any:
-        """Return the address of the counter of query tiles, behind the areas of all threads."""
+        """Return the address of the counter of query tiles: the caller's, or behind the areas of all threads."""
+        if self.claims is not None:
+            return self.claims
         return tir.let(self.a.scratch + self.a.threads * self.sizes[-1])
 
     def areas(self, base: Any) -> list[Any]:

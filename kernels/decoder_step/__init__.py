@@ -7,6 +7,7 @@ from typing import Any
 from ...compiler.operator import Declined, Form
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
+from ..shared.isa.table import MATRIX
 from ..quant_matmul.space import prefetches
 from .spec import LAYER_SLOTS, DecoderStepSpec
 
@@ -21,15 +22,19 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
     formats = (spec.qkv, spec.o, spec.gate_up, spec.down, spec.embed, spec.head)
     if any(f.bits == 8 and f.zero in ("integer", "minimum") for f in formats):
         return Declined("8-bit weights with a stored zero have no kernel")
+    if spec.activation == "bfloat16" and target.isa not in MATRIX:
+        return Declined(f"{target.isa} has no bf16 matrix unit")
     if spec.intermediate % 32:
         return Declined(f"an intermediate size of {spec.intermediate} is not a multiple of 32")
     return None
 
 
 def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
+    large = {"portable": 4, "avx2": 4}.get(target.isa, 12)
     small = {"amx": 4, "avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
     kv = attention_space(spec.attention(), target)[0]
     shared = {"small_rows": small, "chunk": kv["chunk"], "kv_prefetch": kv["prefetch"]}
+    shared |= {"large_rows": large, "block_q": kv["block_q"], "block_k": kv["block_k"]}
     return [shared | ahead for ahead in prefetches(target)]
 
 

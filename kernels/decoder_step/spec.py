@@ -32,7 +32,7 @@ class DecoderStepSpec:
 
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
-    arguments. Norm weights are fp32, hidden states fp32 [M, hidden]. All layers share these formats.
+    arguments. With activation "bfloat16" products and attention are a matrix unit's, for many rows. Norm weights are fp32, hidden states fp32 [M, hidden]. All layers share these formats.
     """
 
     hidden: int
@@ -102,4 +102,5 @@ class DecoderStepSpec:
             self.kv_dtype,
             self.mask,
             "blocked",
+            math="bfloat16" if self.activation == "bfloat16" else "float32",
         )

@@ -16,7 +16,8 @@ from ..embedding.spec import EmbeddingSpec
 from ..embedding.tvm_emit import PackedRow
 from ..norm.spec import NormSpec
 from ..norm.tvm_emit import NormRow
-from ..quant_matmul.tvm_cpu import Context, direct_share, prepare_row, row_tiles, shared_range
+from ..quant_matmul.tvm_cpu import direct_share, many_rows, prepare_row
+from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
 from ..quant_matmul.tvm_cpu_tiles import Prefetch
 from ..rope.spec import RopeSpec
 from ..rope.tvm_emit import emit_rope_row
@@ -42,14 +43,26 @@ ARGUMENTS = [
 
 
 def lower(spec: DecoderStepSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
-    """Return `step_1` (one row) and `step_n` (a few rows: a batch, or tokens of one sequence)."""
+    """Return `step_1` (one row), `step_n` (a few rows: a batch, or tokens of one sequence), `chunk` (many).
+
+    On a matrix unit (activation "bfloat16") `chunk` alone.
+    """
+    from .tvm_chunk import Chunk
+
     isa = by_name(str(configuration.get("isa") or target.isa))
-    rows = int(configuration["small_rows"])
-    steps = [("step_1", 1), ("step_n", rows)]
-    return [_Step(name, spec, isa, count, configuration, target.arch).emit() for name, count in steps]
+    chunk = Chunk(
+        "chunk", spec, isa, many_rows(spec.matmul("qkv"), configuration), configuration, target.arch
+    )
+    if spec.activation == "bfloat16":
+        return [chunk.emit()]
+    steps = [("step_1", 1), ("step_n", int(configuration["small_rows"]))]
+    few = [Step(name, spec, isa, count, configuration, target.arch).emit() for name, count in steps]
+    return [*few, chunk.emit()]
 
 
-class _Step:
+class Step:
+    """Emitter of a launch for a few rows."""
+
     def __init__(
         self,
         name: str,
@@ -60,10 +73,13 @@ class _Step:
         arch: str,
     ) -> None:
         self.spec, self.isa, self.rows, self.configuration, self.arch = spec, isa, rows, configuration, arch
-        self.kernel = tir.Kernel(name, ARGUMENTS)
+        self.name = name
+        self.kernel: Any = None
         self.m: Any = None
 
     def emit(self) -> Any:
+        """Return the PrimFunc."""
+        self.kernel = tir.Kernel(self.name, ARGUMENTS)
         k, spec = self.kernel, self.spec
         self.m = tir.let(k["batch"] * k["tq"])
         area = thread_area(spec, self.rows)
@@ -78,17 +94,17 @@ class _Step:
             with tir.when(k["embed"] != T.int64(0)):
                 self._embed()
                 self._barrier()
-            with tir.loop(k["layers"]) as layer:
-                self._layer(
-                    {
-                        s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i))
-                        for i, s in enumerate(LAYER_SLOTS)
-                    }
-                )
+            self._layers()
             with tir.when(k["head"] != T.int64(0)):
                 self._normed_rows(k["head_norm"], self._context("head", {"w": k["head"], "y": k["logits"]}))
                 direct_share(self.current, thread, self._prefetch())
         return self.kernel.finish()
+
+    def _layers(self) -> None:
+        k = self.kernel
+        with tir.loop(k["layers"]) as layer:
+            table = enumerate(LAYER_SLOTS)
+            self._layer({s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i)) for i, s in table})
 
     def _layer(self, at: dict[str, Any]) -> None:
         k, spec, thread = self.kernel, self.spec, self.thread
@@ -98,7 +114,9 @@ class _Step:
         self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
         blocks = spec.head_dim // 32
         direct_share(qkv, thread, self._prefetch(), together=blocks)
-        self._rotate_and_append(at)
+        first, last = shared_range(spec.num_heads + 2 * spec.num_kv_heads, thread, k["threads"])
+        with tir.loop(self.m) as row:
+            self._rotate_and_append(at, row, first, last)
         self._barrier()
 
         decode = Decode(
@@ -153,13 +171,11 @@ class _Step:
                 emitter.store(weight, None, self.normed, T.int64(0))
             prepare_row(context, row, x_at=T.int64(0))
 
-    def _rotate_and_append(self, at: dict[str, Any]) -> None:
-        """Emit: rotate the heads that this thread has just computed; keys and values go into the cache."""
+    def _rotate_and_append(self, at: dict[str, Any], row: Any, first: Any, last: Any) -> None:
+        """Emit: rotate heads [first, last) of a row; keys and values go into the cache."""
         spec, k, lanes = self.spec, self.kernel, self.isa.lanes
-        heads = spec.num_heads + 2 * spec.num_kv_heads
-        first, last = shared_range(heads, self.thread, k["threads"])
         rope = RopeSpec(spec.head_dim, spec.rotary_dim, spec.rope_interleaved)
-        with tir.loop(self.m) as row, tir.loop(tir.let(last - first)) as i:
+        with tir.loop(tir.let(last - first)) as i:
             head = tir.let(first + i)
             b, t = tir.let(T.truncdiv(row, k["tq"])), tir.let(T.truncmod(row, k["tq"]))
             source = tir.let(row * spec.qkv_columns + head * spec.head_dim)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..quant_matmul.sizes import element_bytes, is_integer, padded_k, panel_bytes
 from .spec import DecoderStepSpec
+
+
+BARRIER_BYTES = 256  # see shared/barrier.py
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,30 @@ def thread_area(spec: DecoderStepSpec, rows: int) -> ThreadArea:
             count = fmt.groups(problem.k)
             codes, groups = max(codes, count * fmt.group_size), max(groups, 4 * count)
     return ThreadArea(_line(4 * spec.hidden) + 64, _line(codes), _line(groups))
+
+
+@dataclass(frozen=True)
+class ChunkArea:
+    """Scratch for many rows: codes, scales and sums of each row, shared; a fp32 row and panels a thread."""
+
+    code_bytes: int
+    group_bytes: int
+    fixed_bytes: int
+    panel_bytes: int
+
+    def nbytes(self, rows: int, threads: int) -> int:
+        """Return the bytes for so many (padded) rows and threads."""
+        shared = rows * (self.code_bytes + 2 * self.group_bytes)
+        return shared + threads * (self.fixed_bytes + self.panel_bytes)
+
+
+def chunk_area(spec: DecoderStepSpec, isa: str) -> ChunkArea:
+    """Return the sizes that fit the largest of the layers' products (each a multiple of 64 bytes)."""
+    problems = [spec.matmul(name) for name in ("qkv", "o", "gate_up", "down")]
+    codes = max(padded_k(p) * element_bytes(p, isa) for p in problems)
+    groups = max(4 * p.weight.groups(p.k) if is_integer(p) else 0 for p in problems)
+    panels = max(panel_bytes(p, isa) for p in problems)
+    return ChunkArea(_line(codes), _line(groups), _line(4 * spec.hidden) + 64, _line(panels))
 
 
 def _line(nbytes: int) -> int:

@@ -29,10 +29,8 @@ def _decide(spec: QuantMatmulSpec, target: Target) -> Declined | None:
 
 
 def _lower(spec: QuantMatmulSpec, configuration: Any, target: Target) -> list[Any]:
-    if spec.activation == "bfloat16":
-        from .tvm_cpu_matrix import lower
-    else:
-        from .tvm_cpu import lower
+    from .tvm_cpu import lower
+
     return lower(spec, configuration, target)
 
 

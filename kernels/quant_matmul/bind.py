@@ -22,7 +22,7 @@ def bind(
     gemv, rows = (None, None) if uses_matrix(spec) else (library.function("gemv"), library.function("rows"))
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
     if uses_matrix(spec):
-        small = large = TILE
+        small = large = 2 * TILE
     isa = str(configuration.get("isa") or target.isa)
     groups = spec.weight.groups(spec.k) if is_integer(spec) else 0
     k_padded, panel, code_size = padded_k(spec), panel_bytes(spec, isa), element_bytes(spec, isa)

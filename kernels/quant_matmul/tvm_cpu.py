@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.target import Target
 from ..shared import tir
 from ..shared.claim import claimed, reset
 from ..shared.isa.table import Isa, by_name
-from ..shared.math import silu
 from ..shared.tir import T
-from .packing import BLOCK, Geometry
-from .sizes import is_integer, padded_k, panel_bytes, uses_pairs
+from .packing import BLOCK
+from .sizes import panel_bytes
 from .spec import QuantMatmulSpec
-from .tvm_cpu_rows import clear_row, correction_kind, quantize_row, widen_row
+from .tvm_cpu_context import Context, finish_vector, new_kernel, row_tiles, shared_range, stream_of, units
+from .tvm_cpu_matrix import ROWS, matrix_share, round_row
+from .tvm_cpu_rows import clear_row, quantize_row, widen_row
 from .tvm_cpu_tiles import (
     Activations,
     Prefetch,
@@ -29,81 +29,25 @@ from .tvm_cpu_tiles import (
     panel_tile,
 )
 
-# "one" is 1 at run time: a trip count times it is one that LLVM cannot know.
-ARGUMENTS = ("m", "threads", "one", "x", "w", "bias", "residual", "y", "codes", "scales", "sums", "panel", "counter")
-
-
-@dataclass
-class Context:
-    """What the emitters of one function share."""
-
-    isa: Isa
-    spec: QuantMatmulSpec
-    kernel: Any
-    rows: int
-    vectors: int
-
-    @property
-    def geometry(self) -> Geometry:
-        """Sizes of the weight's layout."""
-        return Geometry(self.spec.weight, self.spec.k)
-
-    @property
-    def integer(self) -> bool:
-        """Whether the products are integer."""
-        return is_integer(self.spec)
-
-    @property
-    def pairs(self) -> bool:
-        """Whether the panel of large M is int16 pairs."""
-        return uses_pairs(self.spec, self.isa.name)
-
-    @property
-    def k_padded(self) -> int:
-        """K of the scratch rows."""
-        return padded_k(self.spec)
-
-    def row_outputs(self, wide: bool) -> dict[str, Any]:
-        """Where the quantiser writes."""
-        k = self.kernel
-        q = tir.buffer_at(k["codes"], "int16" if wide else "int8")
-        sc = tir.buffer_at(k["sums"], "int32" if correction_kind(self.isa, self.spec) == "int" else "float32")
-        return {"q16" if wide else "q": q, "sa": k["scales"], "sc": sc, "rows": self.rows}
-
 
 def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
-    """Return the three PrimFuncs of this problem."""
+    """Return the PrimFuncs of this problem: gemv, rows and gemm; on a matrix unit gemm alone."""
     isa = by_name(str(configuration.get("isa") or target.isa))
-    vectors = BLOCK // isa.lanes
-    small, large = int(configuration["small_rows"]), int(configuration["large_rows"])
+    large = many_rows(spec, configuration)
+    if spec.activation == "bfloat16":
+        return [_many("gemm", isa, spec, large)]
     prefetch = Prefetch.of(configuration)
+    vectors = BLOCK // isa.lanes
     return [
         _direct("gemv", isa, spec, 1, vectors, prefetch),
-        _direct("rows", isa, spec, small, min(2, vectors), prefetch),
-        _blocked("gemm", isa, spec, large, min(2, vectors)),
+        _direct("rows", isa, spec, int(configuration["small_rows"]), min(2, vectors), prefetch),
+        _many("gemm", isa, spec, large),
     ]
 
 
-def new_kernel(name: str, spec: QuantMatmulSpec) -> Any:
-    types = {
-        "m": "int64",
-        "threads": "int64",
-        "one": "int64",
-        "x": "*" + spec.x_dtype,
-        "w": "int64",
-        "bias": "*float32",
-    }
-    types |= {"residual": "*" + spec.x_dtype, "y": "*" + spec.x_dtype, "codes": "int64", "scales": "*float32"}
-    types |= {"sums": "int64", "panel": "int64", "counter": "int64"}
-    return tir.Kernel(name, [(a, types[a]) for a in ARGUMENTS])
-
-
-def stream_of(c: Context, block: Any) -> Stream:
-    views = {"u8": tir.buffer_at(c.kernel["w"], "uint8")}
-    views["scale"] = tir.buffer_at(
-        c.kernel["w"], c.spec.weight.dtype if c.spec.weight.is_float else c.spec.weight.scale_dtype
-    )
-    return Stream(c.isa, c.spec, views, tir.let(block * c.geometry.block_bytes))
+def many_rows(spec: QuantMatmulSpec, configuration: Mapping[str, Any]) -> int:
+    """Return the rows of a tile for large M."""
+    return ROWS if spec.activation == "bfloat16" else int(configuration["large_rows"])
 
 
 def _activations(c: Context, row0: Any, wide: bool) -> Activations:
@@ -143,11 +87,6 @@ def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int,
     return kernel.finish()
 
 
-def row_tiles(c: Context) -> Any:
-    """Return how many row tiles cover M."""
-    return tir.let(T.truncdiv(c.kernel["m"] + (c.rows - 1), T.int64(c.rows)))
-
-
 def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1) -> None:
     """Emit one thread's share of the product of prepared rows; `together` blocks stay on one thread."""
     kernel = c.kernel
@@ -169,18 +108,35 @@ def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1)
                 _unit(c, unit, tir.let(t * c.rows), compute)
 
 
-def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int) -> Any:
-    """Large M: each thread unpacks a block's codes once and reuses them for every row tile."""
+def _many(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int) -> Any:
+    """Large M: rows prepared in parallel, then column blocks claimed by the threads."""
     kernel = new_kernel(name, spec)
-    c = Context(isa, spec, kernel, rows, vectors)
-    tiles = row_tiles(c)
-    with tir.parallel(tiles * rows) as row:
-        prepare_row(c, row, wide=c.pairs)
-    parts = 2 if spec.epilogue == "silu_pair" else 1
-    size = panel_bytes(spec, isa.name) // parts
-
+    c = Context(isa, spec, kernel, rows, min(2, BLOCK // isa.lanes))
+    with tir.parallel(row_tiles(c) * rows) as row:
+        prepare_many(c, row)
     reset(kernel["counter"])
-    with tir.parallel(kernel["threads"]) as thread, claimed(kernel["counter"], T.int64(units(c))) as unit:
+    with tir.parallel(kernel["threads"]) as thread:
+        many_share(c, thread)
+    return kernel.finish()
+
+
+def prepare_many(c: Context, row: Any, x_at: Any = None) -> None:
+    """Emit the first phase for one row of large M (see `prepare_row`)."""
+    if c.matrix:
+        round_row(c, row, x_at)
+    else:
+        prepare_row(c, row, wide=c.pairs, x_at=x_at)
+
+
+def many_share(c: Context, thread: Any) -> None:
+    """Emit one thread's work on prepared rows: blocks as they come, each unpacked once for all row tiles."""
+    if c.matrix:
+        matrix_share(c, thread)
+        return
+    spec, kernel, tiles = c.spec, c.kernel, row_tiles(c)
+    parts = 2 if spec.epilogue == "silu_pair" else 1
+    size = panel_bytes(spec, c.isa.name) // parts
+    with claimed(kernel["counter"], T.int64(units(c))) as unit:
         panels = []
         for part in range(parts):
             at = kernel["panel"] + thread * (size * parts) + part * size
@@ -202,20 +158,7 @@ def _blocked(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int
                 panel_tile(tile, panels[part]["f32"], first, xf, row0, c.k_padded, spec.k)
 
         with tir.loop(tiles) as t:
-            _unit(c, unit, tir.let(t * rows), compute)
-    return kernel.finish()
-
-
-def shared_range(total: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
-    """Return [first, last) of a thread's contiguous part of `total` things."""
-    first = tir.let(T.truncdiv(thread * total, threads))
-    return first, tir.let(T.truncdiv((thread + 1) * total, threads))
-
-
-def units(c: Context) -> int:
-    """Return how many column blocks (of a gated epilogue: pairs of blocks) there are."""
-    parts = 2 if c.spec.epilogue == "silu_pair" else 1
-    return -(-(c.spec.n // parts) // BLOCK)
+            _unit(c, unit, tir.let(t * c.rows), compute)
 
 
 @contextlib.contextmanager
@@ -253,35 +196,3 @@ def _finish(c: Context, tile: Tile, row0: Any, column: Any, up: Tile | None) -> 
                 second = up.get(r, v) if up else None
                 at = tir.let(column + v * c.isa.lanes)
                 finish_vector(c, tir.let(row0 + r), at, tile.get(r, v), second)
-
-
-def finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> None:
-    """Emit one vector of the output, columns [at, at + lanes) of a row; in the last block lane by lane."""
-    n, lanes, y = c.spec.n_out, c.isa.lanes, c.kernel["y"]
-    if n % BLOCK == 0:
-        tir.from_f32(y, row * n + at, _epilogue(c, row, at, lanes, first, second))
-        return
-    with tir.when(at + lanes <= n):
-        tir.from_f32(y, row * n + at, _epilogue(c, row, at, lanes, first, second))
-    with tir.when(at + lanes > n):
-        held = [tir.local("float32", lanes) for value in (first, second) if value is not None]
-        for cell, value in zip(held, (first, second)):
-            tir.store(cell, 0, value)
-        with tir.loop(T.max(n - at, T.int64(0))) as i:
-            values = [tir.load(cell, i) for cell in held]
-            result = _epilogue(c, row, at + i, 1, values[0], values[1] if len(values) > 1 else None)
-            tir.from_f32(y, row * n + at + i, result)
-
-
-def _epilogue(c: Context, row: Any, at: Any, width: int, first: Any, second: Any) -> Any:
-    """Return `width` finished values of columns `at` and on; `second` is the up part of a gated pair."""
-    spec, kernel, n = c.spec, c.kernel, c.spec.n_out
-    if spec.bias:
-        first = first + tir.load(kernel["bias"], at, width)
-    if second is not None:
-        if spec.bias:
-            second = second + tir.load(kernel["bias"], at + n, width)
-        first = silu(first) * second
-    if spec.residual:
-        first = first + tir.to_f32(kernel["residual"], row * n + at, width)
-    return first

@@ -6,18 +6,16 @@ tiles [K/32][2][16][16][2] and multiplies it with every 32 rows; the fp32 result
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from ...compiler.target import Target
 from ..shared import tir
-from ..shared.claim import claimed, reset
-from ..shared.isa.table import Isa, by_name
+from ..shared.claim import claimed
+from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import BLOCK
 from .sizes import TILE, panel_bytes
-from .spec import QuantMatmulSpec
-from .tvm_cpu import Context, finish_vector, new_kernel, stream_of, units
+from .tvm_cpu_context import Context, finish_vector, finished, row_tiles, stream_of, units
 from .tvm_cpu_tiles import Stream, float_element, float_weights
 
 ROWS = 2 * TILE  # rows of x that pass a block together
@@ -26,64 +24,69 @@ TILE_BYTES = 64 * TILE
 _RESULT_BYTES = ROWS * BLOCK * 4
 
 
-def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
-    """Return the PrimFunc `gemm`."""
-    isa = by_name(str(configuration.get("isa") or target.isa))
-    return [_gemm("gemm", isa, spec)]
-
-
-def _gemm(name: str, isa: Isa, spec: QuantMatmulSpec) -> Any:
-    kernel = new_kernel(name, spec)
-    c = Context(isa, spec, kernel, ROWS, 2)
-    tiles = tir.let(T.truncdiv(kernel["m"] + (TILE - 1), T.int64(TILE)))
-    with tir.parallel(tiles * TILE) as row:
-        round_row(c, row)
-
+def matrix_share(c: Context, thread: Any) -> None:
+    """Emit one thread's work on rounded rows: blocks as they come, each unpacked once for all rows."""
+    kernel, spec, tiles = c.kernel, c.spec, row_tiles(c)
     parts = 2 if spec.epilogue == "silu_pair" else 1
     panel = c.k_padded * BLOCK * 2
-    reset(kernel["counter"])
-    with tir.parallel(kernel["threads"]) as thread:
-        area = tir.let(kernel["panel"] + thread * panel_bytes(spec, isa.name))
-        results = tir.let(area + parts * panel)
-        isa.matrix.configure(tir.let(results + parts * _RESULT_BYTES))
-        with claimed(kernel["counter"], T.int64(units(c))) as unit:
+    area = tir.let(kernel["panel"] + thread * panel_bytes(spec, c.isa.name))
+    results = tir.let(area + parts * panel)
+    c.isa.matrix.configure(tir.let(results + parts * _RESULT_BYTES))
+    with claimed(kernel["counter"], T.int64(units(c))) as unit:
+        for part in range(parts):
+            fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), c.k_padded)
+        with tir.loop(tiles) as t:
+            row0 = tir.let(t * ROWS)
+            rows = tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
             for part in range(parts):
-                fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), c.k_padded)
-            with tir.loop(T.truncdiv(tiles + 1, T.int64(2))) as t:
-                row0 = tir.let(t * ROWS)
-                rows = tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
-                for part in range(parts):
-                    at = (area + part * panel, results + part * _RESULT_BYTES)
-                    with tir.when(rows > TILE):
-                        _multiply(c, t, *at, row_tiles=2)
-                    with tir.when(rows <= TILE):
-                        _multiply(c, t, *at, row_tiles=1)
-                _finish(c, unit, row0, rows, results, parts)
-        isa.matrix.release()
-    return kernel.finish()
+                at = (area + part * panel, results + part * _RESULT_BYTES)
+                with tir.when(rows > TILE):
+                    _multiply(c, t, *at, row_tiles=2)
+                with tir.when(rows <= TILE):
+                    _multiply(c, t, *at, row_tiles=1)
+            _finish(c, unit, row0, rows, results, parts)
+    c.isa.matrix.release()
 
 
-def round_row(c: Context, row: Any) -> None:
-    """Emit: row `row` of x to its places in the bf16 tiles; zeros past M and K."""
+def round_row(c: Context, row: Any, x_at: Any = None) -> None:
+    """Emit: row `row` of x to its places in the bf16 tiles; zeros past M and K.
+
+    The row is read at element `x_at` of x, if that is not row * K.
+    """
     k, spec = c.kernel, c.spec
+    x_at = row * spec.k if x_at is None else x_at
     out = tir.buffer_at(k["codes"], "uint16")
     blocks, whole = c.k_padded // DEPTH, spec.k // DEPTH
-    first = tir.let(
-        (T.truncdiv(row, T.int64(TILE)) * (blocks * TILE) + T.truncmod(row, T.int64(TILE))) * DEPTH
-    )
+    first = tile_row(row, c.k_padded)
     zeros = tir.splat(T.uint16(0), DEPTH)
     with tir.when(row < k["m"]):
         with tir.loop(whole) as block:
-            at = tir.let(row * spec.k + block * DEPTH)
+            at = tir.let(x_at + block * DEPTH)
             low, high = (tir.let(tir.to_f32(k["x"], at + half * TILE, TILE)) for half in range(2))
             tir.store(out, first + block * (DEPTH * TILE), c.isa.matrix.to_bf16(low, high))
         for block in range(whole, blocks):
             tir.store(out, first + block * (DEPTH * TILE), zeros)
         with tir.loop(spec.k - whole * DEPTH) as i:
-            value = tir.to_f32(k["x"], row * spec.k + whole * DEPTH + i, 1)
+            value = tir.to_f32(k["x"], x_at + whole * DEPTH + i, 1)
             tir.store(out, first + whole * (DEPTH * TILE) + i, tir.bf16_bits(value))
     with tir.when(row >= k["m"]), tir.loop(blocks) as block:
         tir.store(out, first + block * (DEPTH * TILE), zeros)
+
+
+def tile_row(row: Any, k_padded: int) -> Any:
+    """Return where a row's first 32 values stand in the bf16 tiles; the next 32 are 512 elements on."""
+    tile = T.truncdiv(row, T.int64(TILE)) * (k_padded // DEPTH * TILE)
+    return tir.let((tile + T.truncmod(row, T.int64(TILE))) * DEPTH)
+
+
+def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[Any]], None]:
+    """Return a sink (see Context) that rounds results to the tiles of the next product, at address `tiles`."""
+
+    def store(row: Any, column: Any, values: list[Any]) -> None:
+        at = tile_row(row, k_padded) + T.truncdiv(column, T.int64(DEPTH)) * (DEPTH * TILE)
+        tir.store(tir.buffer_at(tiles, "uint16"), at, isa.matrix.to_bf16(*values))
+
+    return store
 
 
 def fill_panel(stream: Stream, panel: Any, k_padded: int) -> None:
@@ -144,7 +147,14 @@ def _finish(c: Context, unit: Any, row0: Any, rows: Any, results: Any, parts: in
     values = [tir.buffer_at(tir.let(results + part * _RESULT_BYTES), "float32") for part in range(parts)]
     with tir.loop(rows) as r:
         row = tir.let(row0 + r)
+        done = []
         for half in range(2):
             at = tir.let(unit * BLOCK + half * TILE)
             held = [tir.let(tir.load(v, r * BLOCK + half * TILE, TILE)) for v in values]
-            finish_vector(c, row, at, held[0], held[1] if parts == 2 else None)
+            second = held[1] if parts == 2 else None
+            if c.sink is None:
+                finish_vector(c, row, at, held[0], second)
+            else:
+                done.append(tir.let(finished(c, row, at, TILE, held[0], second)))
+        if c.sink is not None:
+            c.sink(row, unit * BLOCK, done)

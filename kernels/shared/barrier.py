@@ -7,9 +7,9 @@ from typing import Any
 from . import tir
 from .tir import T
 
-BARRIER_BYTES = 256  # the count and the generation, a cache line pair apart
+CLAIMS = 64  # where the counter of claimed work stands (see claim.py); it is 0 behind every barrier
 
-# Thread count at +0, generation at +128. A thread that has spun long enough yields: on a machine with
+# 256 bytes: thread count at +0, claims at +64, generation at +128, on lines of their own. A thread that has spun long enough yields: on a machine with
 # more runnable threads than cores the one that is waited for may not be running.
 _TEXT = r"""
 declare i32 @sched_yield()
@@ -25,6 +25,8 @@ entry:
   br i1 %is_last, label %release, label %spin
 release:
   store atomic i32 0, ptr %b monotonic, align 4
+  %claims = getelementptr i8, ptr %b, i64 64
+  store atomic i64 0, ptr %claims monotonic, align 8
   %next = add i32 %generation, 1
   store atomic i32 %next, ptr %flag release, align 4
   ret i32 0

@@ -103,6 +103,13 @@ def loop(stop: Expr, start: Expr = 0) -> Iterator[Expr]:
 
 
 @contextlib.contextmanager
+def span(start: Expr, stop: Expr) -> Iterator[Expr]:
+    """Emit a serial loop over [start, stop) that counts from 0: TVM's passes mishandle others."""
+    with loop(let(stop - start)) as i:
+        yield let(start + i)
+
+
+@contextlib.contextmanager
 def parallel(stop: Expr) -> Iterator[Expr]:
     """Emit a loop over [0, stop) split over the threads in contiguous ranges."""
     with T.parallel(T.int64(0), _i64(stop)) as i:

@@ -1,0 +1,113 @@
+"""The layers on a CPU for many rows (a chunk of a prompt): one parallel launch, work claimed between barriers.
+
+Rows are normalised and rounded once by the thread that has them, products and attention are claimed block by
+block. On a matrix unit the gated product leaves its epilogue as tiles of the next one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..attention.tvm_cpu import prefill_emitter
+from ..norm.spec import NormSpec
+from ..norm.tvm_emit import NormRow
+from ..quant_matmul.sizes import padded_k
+from ..quant_matmul.tvm_cpu import many_share, prepare_many
+from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
+from ..quant_matmul.tvm_cpu_matrix import tile_sink
+from ..shared import tir
+from ..shared.barrier import CLAIMS, barrier_ir
+from ..shared.tir import T
+from .tvm_cpu import ARGUMENTS, Step
+from .workspace import chunk_area
+
+
+class Chunk(Step):
+    """Emitter of a launch for many rows: embedding and layers, without the head."""
+
+    def emit(self) -> Any:
+        """Return the PrimFunc."""
+        self.kernel = tir.Kernel(self.name, [(n, "int64" if n == "gated" else kind) for n, kind in ARGUMENTS])
+        k = self.kernel
+        self.m = tir.let(k["batch"] * k["tq"])
+        area = chunk_area(self.spec, self.isa.name)
+        with tir.import_llvm(barrier_ir(self.arch)), tir.parallel(k["threads"]) as thread:
+            self.thread = thread
+            padded = tir.let(T.truncdiv(self.m + (self.rows - 1), T.int64(self.rows)) * self.rows)
+            self.codes = k["work"]
+            self.scales = tir.let(self.codes + padded * area.code_bytes)
+            self.sums = tir.let(self.scales + padded * area.group_bytes)
+            threads_at = tir.let(self.sums + padded * area.group_bytes)
+            self.normed = tir.buffer_at(tir.let(threads_at + thread * area.fixed_bytes), "float32")
+            self.panels = tir.let(threads_at + k["threads"] * area.fixed_bytes)
+            self.claims = tir.let(k["barrier"] + CLAIMS)
+            self._barrier()  # the counter of claimed work is 0 from here on
+            with tir.when(k["embed"] != T.int64(0)):
+                self._embed()
+                self._barrier()
+            self._layers()
+        return self.kernel.finish()
+
+    def _layer(self, at: dict[str, Any]) -> None:
+        k, spec = self.kernel, self.spec
+        bias = tir.buffer_at(at["qkv_bias"], "float32")
+        qkv = self._context("qkv", {"w": at["qkv"], "y": k["qkv"], "bias": bias})
+        self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
+        self._claimed(qkv)
+        first, last = shared_range(self.m, self.thread, k["threads"])
+        with tir.loop(tir.let(last - first)) as i:
+            heads = T.int64(spec.num_heads + 2 * spec.num_kv_heads)
+            self._rotate_and_append(at, tir.let(first + i), T.int64(0), heads)
+        self._barrier()
+
+        sizes = (int(self.configuration["block_q"]), int(self.configuration["block_k"]))
+        prefill_emitter(self._attention(at), *sizes, self.claims).phase(self.thread)
+        self._barrier()
+        self._product("o", at["o"], k["attended"])
+
+        gated = tir.buffer_at(k["gated"], "float32")
+        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": gated})
+        down = spec.matmul("down")
+        tiled = gate_up.matrix and padded_k(down) == down.k
+        if tiled:
+            gate_up.sink = tile_sink(self.isa, k["gated"], down.k)
+        self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
+        self._claimed(gate_up)
+        self._product("down", at["down"], None if tiled else gated)
+
+    def _product(self, name: str, weight: Any, source: Any) -> None:
+        """Emit x += source @ W.T; without a source its tiles stand in `gated`."""
+        x = self.kernel["x"]
+        context = self._context(name, {"w": weight, "x": source, "y": x, "residual": x})
+        if source is None:
+            context.kernel["codes"] = self.kernel["gated"]
+        else:
+            with self._own_rows(context) as row:
+                prepare_many(context, row)
+            self._barrier()
+        self._claimed(context)
+
+    def _claimed(self, context: Context) -> None:
+        many_share(context, self.thread)
+        self._barrier()
+
+    def _context(self, name: str, buffers: dict[str, Any]) -> Context:
+        more = {"panel": self.panels, "counter": self.claims}
+        return super()._context(name, more | buffers)
+
+    def _own_rows(self, context: Context) -> Any:
+        """Loop over this thread's share of the rows, padding included."""
+        total = tir.let(row_tiles(context) * self.rows)
+        first, last = shared_range(total, self.thread, self.kernel["threads"])
+        return tir.span(first, last)
+
+    def _normed_rows(self, weight: Any, context: Context) -> None:
+        """Emit: this thread's rows of x normalised and prepared, then a barrier."""
+        spec, k = self.spec, self.kernel
+        norm = NormSpec("rms", spec.hidden, spec.eps)
+        with self._own_rows(context) as row:
+            with tir.when(row < self.m):
+                emitter = NormRow(norm, self.isa.lanes, 2, k["x"], tir.let(row * spec.hidden))
+                emitter.store(weight, None, self.normed, T.int64(0))
+            prepare_many(context, row, x_at=T.int64(0))
+        self._barrier()
