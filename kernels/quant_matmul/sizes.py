@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..shared.isa.table import INT8_CODES
 from .packing import BLOCK
 from .spec import QuantMatmulSpec
@@ -13,6 +15,28 @@ TILE_STATE_BYTES = 8 << 10  # what a thread keeps of its tiles in memory (see sh
 def uses_matrix(spec: QuantMatmulSpec) -> bool:
     """Whether the products are a matrix unit's."""
     return spec.activation == "bfloat16"
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """How a matrix unit's product is cut: values of K a slice; units and tiles of 32 rows that share one."""
+
+    depth: int
+    units: int
+    row_tiles: int
+
+
+def matrix_plan(spec: QuantMatmulSpec) -> MatrixPlan:
+    """Return the cut: none where x of 512 rows fits half of a 2 MiB L2, else slices of K.
+
+    512 rows of a slice of x (1 MiB), the sums of 8 panels (512 KiB) and a panel (64 KiB) lie in L2.
+    """
+    k = padded_k(spec)
+    if k <= 1536:
+        return MatrixPlan(k, 1, 1)
+    parts = 2 if spec.epilogue == "silu_pair" else 1
+    blocks = -(-spec.n // (parts * BLOCK))
+    return MatrixPlan(1024, max(1, min(8 // parts, blocks // 8)), 16)
 
 
 def is_integer(spec: QuantMatmulSpec) -> bool:
@@ -45,8 +69,13 @@ def element_bytes(spec: QuantMatmulSpec, isa: str) -> int:
 def panel_bytes(spec: QuantMatmulSpec, isa: str) -> int:
     """Return the bytes of one thread's panels: one, or a gate and up pair."""
     parts = 2 if spec.epilogue == "silu_pair" else 1
-    if uses_matrix(spec):  # and the fp32 tiles of a row block
-        return parts * (padded_k(spec) * BLOCK * 2 + BLOCK * BLOCK * 4) + TILE_STATE_BYTES
+    if uses_matrix(spec):  # and the fp32 sums
+        plan, result = matrix_plan(spec), BLOCK * BLOCK * 4
+        if plan.depth < padded_k(spec):
+            panels, sums = 1, plan.units * parts * plan.row_tiles
+        else:
+            panels, sums = parts, parts
+        return panels * plan.depth * BLOCK * 2 + sums * result + TILE_STATE_BYTES
     return parts * line(padded_k(spec) * BLOCK * element_bytes(spec, isa))
 
 

@@ -14,7 +14,7 @@ from ..shared.claim import claimed
 from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import BLOCK
-from .sizes import TILE, panel_bytes
+from .sizes import TILE, TILE_STATE_BYTES, MatrixPlan, matrix_plan, panel_bytes
 from .tvm_cpu_context import Context, finish_vector, finished, row_tiles, stream_of, units
 from .tvm_cpu_tiles import Stream, float_element, float_weights
 
@@ -26,26 +26,67 @@ _RESULT_BYTES = ROWS * BLOCK * 4
 
 def matrix_share(c: Context, thread: Any) -> None:
     """Emit one thread's work on rounded rows: blocks as they come, each unpacked once for all rows."""
-    kernel, spec, tiles = c.kernel, c.spec, row_tiles(c)
-    parts = 2 if spec.epilogue == "silu_pair" else 1
-    panel = c.k_padded * BLOCK * 2
-    area = tir.let(kernel["panel"] + thread * panel_bytes(spec, c.isa.name))
-    results = tir.let(area + parts * panel)
-    c.isa.matrix.configure(tir.let(results + parts * _RESULT_BYTES))
-    with claimed(kernel["counter"], T.int64(units(c))) as unit:
-        for part in range(parts):
-            fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), c.k_padded)
-        with tir.loop(tiles) as t:
-            row0 = tir.let(t * ROWS)
-            rows = tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
-            for part in range(parts):
-                at = (area + part * panel, results + part * _RESULT_BYTES)
-                with tir.when(rows > TILE):
-                    _multiply(c, t, *at, row_tiles=2)
-                with tir.when(rows <= TILE):
-                    _multiply(c, t, *at, row_tiles=1)
-            _finish(c, unit, row0, rows, results, parts)
+    area = tir.let(c.kernel["panel"] + thread * panel_bytes(c.spec, c.isa.name))
+    c.isa.matrix.configure(area)
+    area = tir.let(area + TILE_STATE_BYTES)
+    plan = matrix_plan(c.spec)
+    if plan.depth < c.k_padded:
+        _deep_share(c, area, plan)
+    else:
+        _flat_share(c, area)
     c.isa.matrix.release()
+
+
+def _flat_share(c: Context, area: Any) -> None:
+    """K fits: a unit's panels in L1 or L2, the rows pass by."""
+    parts = 2 if c.spec.epilogue == "silu_pair" else 1
+    panel = c.k_padded * BLOCK * 2
+    results = tir.let(area + parts * panel)
+    blocks = (T.int64(0), T.int64(c.k_padded // DEPTH))
+    with claimed(c.kernel["counter"], T.int64(units(c))) as unit:
+        for part in range(parts):
+            fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), 0, c.k_padded)
+        with tir.loop(row_tiles(c)) as t:
+            row0 = tir.let(t * ROWS)
+            rows = tir.let(T.min(c.kernel["m"] - row0, T.int64(ROWS)))
+            for part in range(parts):
+                _multiply(c, t, rows, area + part * panel, results + part * _RESULT_BYTES, blocks, None)
+            _finish(c, unit, row0, rows, results, parts)
+
+
+def _deep_share(c: Context, area: Any, plan: MatrixPlan) -> None:
+    """K in slices: of some rows and a slice, x stays in L2 for several units, whose sums lie beside it."""
+    kernel, parts = c.kernel, 2 if c.spec.epilogue == "silu_pair" else 1
+    total, slices = units(c), -(-c.k_padded // plan.depth)
+    tiles = row_tiles(c)
+    results = tir.let(area + plan.depth * BLOCK * 2)
+    part_bytes = plan.row_tiles * _RESULT_BYTES
+    with claimed(kernel["counter"], T.int64(-(-total // plan.units))) as some:
+        first = tir.let(some * plan.units)
+        count = tir.let(T.min(T.int64(plan.units), total - first))
+        with tir.loop(T.truncdiv(tiles + (plan.row_tiles - 1), T.int64(plan.row_tiles))) as band:
+            t0 = tir.let(band * plan.row_tiles)
+            here = tir.let(T.min(T.int64(plan.row_tiles), tiles - t0))
+
+            def rows_of(t: Any, t0: Any = t0) -> tuple[Any, Any]:
+                row0 = tir.let((t0 + t) * ROWS)
+                return row0, tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
+
+            for part_of_k in range(slices):
+                start = part_of_k * plan.depth
+                stop = min(start + plan.depth, c.k_padded)
+                with tir.loop(count) as u:
+                    for part in range(parts):
+                        fill_panel(stream_of(c, (first + u) * parts + part), area, start, stop)
+                        with tir.loop(here) as t:
+                            _, rows = rows_of(t)
+                            at = tir.let(results + (u * parts + part) * part_bytes + t * _RESULT_BYTES)
+                            blocks = (T.int64(start // DEPTH), T.int64((stop - start) // DEPTH))
+                            _multiply(c, t0 + t, rows, area, at, blocks, at if part_of_k else None)
+            with tir.loop(count) as u, tir.loop(here) as t:
+                row0, rows = rows_of(t)
+                at = tir.let(results + u * (parts * part_bytes) + t * _RESULT_BYTES)
+                _finish(c, first + u, row0, rows, at, parts, part_bytes)
 
 
 def round_row(c: Context, row: Any, x_at: Any = None) -> None:
@@ -89,27 +130,30 @@ def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[A
     return store
 
 
-def fill_panel(stream: Stream, panel: Any, k_padded: int) -> None:
-    """Emit: unpack one block to bf16 tiles at address `panel`."""
+def fill_panel(stream: Stream, panel: Any, start: int, stop: int) -> None:
+    """Emit: unpack K in [start, stop) of one block, zeros past K, to bf16 tiles at address `panel`."""
     spec, g = stream.spec, stream.geometry
     out = tir.buffer_at(panel, "uint16")
     if spec.weight.is_float:
-        with tir.loop(spec.k // 2) as pair:
+        whole = (min(stop, spec.k) - start) // 2
+        with tir.loop(whole) as pair:
             for half in range(2):
-                values = [tir.let(float_element(stream, pair * 2 + j, half)) for j in range(2)]
+                k = tir.let(start + pair * 2)
+                values = [tir.let(float_element(stream, k + j, half)) for j in range(2)]
                 _store_pair(stream.isa, out, pair, half, *values)
-        for pair in range(spec.k // 2, k_padded // 2):
+        for pair in range(whole, (stop - start) // 2):
             for half in range(2):
-                last = tir.let(float_element(stream, T.int64(spec.k - 1), half))
                 zero = tir.f32(0.0, TILE)
-                odd_one = pair * 2 < spec.k
-                _store_pair(stream.isa, out, T.int64(pair), half, last if odd_one else zero, zero)
+                last = zero
+                if start + pair * 2 < spec.k:
+                    last = tir.let(float_element(stream, T.int64(spec.k - 1), half))
+                _store_pair(stream.isa, out, T.int64(pair), half, last, zero)
         return
-    run = 4 * g.planes
-    with tir.loop(g.groups) as group, tir.loop(spec.weight.group_size // run) as step:
+    run, size = 4 * g.planes, spec.weight.group_size
+    with tir.loop((stop - start) // size) as group, tir.loop(size // run) as step:
         for half in range(2):
-            values = float_weights(stream, group, step, half)
-            first = tir.let((group * spec.weight.group_size + step * run) // 2)
+            values = float_weights(stream, group + start // size, step, half)
+            first = tir.let((group * size + step * run) // 2)
             for i in range(run // 2):
                 _store_pair(stream.isa, out, first + i, half, values[2 * i], values[2 * i + 1])
 
@@ -123,28 +167,42 @@ def _store_pair(isa: Isa, out: Any, pair: Any, half: int, low: Any, high: Any) -
     tir.store(out, ((block * 2 + half) * TILE + inside) * DEPTH, T.Shuffle([both.get()], order))
 
 
-def _multiply(c: Context, t: Any, panel: Any, result: Any, row_tiles: int) -> None:
-    """Emit: 16 or 32 rows times the panel, over all of K, to fp32 [32][32] at address `result`."""
-    unit, blocks = c.isa.matrix, c.k_padded // DEPTH
-    rows_at = tir.let(c.kernel["codes"] + t * (2 * blocks * TILE_BYTES))
-    for tile in range(2 * row_tiles):
-        unit.zero(tile)
-    with tir.loop(blocks) as block:
+def _multiply(
+    c: Context, t: Any, rows: Any, panel: Any, result: Any, blocks: tuple[Any, Any], sums: Any
+) -> None:
+    """Emit: row tile `t` times the panel of `blocks` (first, count) of K, plus `sums`, to fp32 [32][32]."""
+    for present, condition in ((2, rows > TILE), (1, rows <= TILE)):
+        with tir.when(condition):
+            _multiply_tiles(c, t, panel, result, blocks, sums, present)
+
+
+def _multiply_tiles(
+    c: Context, t: Any, panel: Any, result: Any, blocks: tuple[Any, Any], sums: Any, row_tiles: int
+) -> None:
+    unit, whole, (first, count) = c.isa.matrix, c.k_padded // DEPTH, blocks
+    rows_at = tir.let(c.kernel["codes"] + (t * (2 * whole) + first) * TILE_BYTES)
+    places = [(r, half) for r in range(row_tiles) for half in range(2)]
+    for r, half in places:
+        if sums is None:
+            unit.zero(2 * r + half)
+        else:
+            unit.load(2 * r + half, sums + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
+    with tir.loop(c.kernel["one"] * count) as block:  # a count that LLVM cannot know is not unrolled
         right = tir.let(panel + block * (2 * TILE_BYTES))
         for half in range(2):
             unit.load(6 + half, right + half * TILE_BYTES)
         for r in range(row_tiles):
-            unit.load(4 + r, tir.let(rows_at + r * (blocks * TILE_BYTES) + block * TILE_BYTES))
-        for r in range(row_tiles):
-            for half in range(2):
-                unit.multiply(2 * r + half, 4 + r, 6 + half)
-    for r in range(row_tiles):
-        for half in range(2):
-            unit.store(2 * r + half, result + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
+            unit.load(4 + r, tir.let(rows_at + block * TILE_BYTES + r * (whole * TILE_BYTES)))
+        for r, half in places:
+            unit.multiply(2 * r + half, 4 + r, 6 + half)
+    for r, half in places:
+        unit.store(2 * r + half, result + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
 
 
-def _finish(c: Context, unit: Any, row0: Any, rows: Any, results: Any, parts: int) -> None:
-    values = [tir.buffer_at(tir.let(results + part * _RESULT_BYTES), "float32") for part in range(parts)]
+def _finish(
+    c: Context, unit: Any, row0: Any, rows: Any, results: Any, parts: int, apart: int = _RESULT_BYTES
+) -> None:
+    values = [tir.buffer_at(tir.let(results + part * apart), "float32") for part in range(parts)]
     with tir.loop(rows) as r:
         row = tir.let(row0 + r)
         done = []
