@@ -244,6 +244,7 @@ def _row(
             "read_bandwidth": limits.read_bandwidth,
             "int8_peak": limits.int8_peak,
             "float_peak": limits.float_peak,
+            "matrix_peak": limits.matrix_peak,
             "rounds": limits.rounds,
             "probes": limits.probes,
         },

@@ -16,7 +16,8 @@ REPEATS = 5
 class Limits:
     """What the machine can do with so many threads, by the best of the probes that ran.
 
-    `read_bandwidth` is in bytes a second. `int8_peak` and `float_peak` are operations a second (a
+    `read_bandwidth` is in bytes a second. `int8_peak` and `float_peak` (fp32, of vectors) and `matrix_peak`
+    (bf16, of a matrix unit) are operations a second (a
     multiply and an add are two) of loops that touch registers only; None where no such loop exists
     here, since anything slower would not be a limit. `probes` has every probe's best figure.
     """
@@ -25,6 +26,7 @@ class Limits:
     read_bandwidth: float
     int8_peak: float | None
     float_peak: float | None
+    matrix_peak: float | None = None
     rounds: int = 1
     probes: dict[str, float] = field(default_factory=dict)
 
@@ -37,6 +39,7 @@ class Limits:
             read_bandwidth=max(self.read_bandwidth, other.read_bandwidth),
             int8_peak=_higher(self.int8_peak, other.int8_peak),
             float_peak=_higher(self.float_peak, other.float_peak),
+            matrix_peak=_higher(self.matrix_peak, other.matrix_peak),
             rounds=self.rounds + other.rounds,
             probes={n: max(self.probes.get(n, 0.0), other.probes.get(n, 0.0)) for n in sorted(names)},
         )
@@ -59,8 +62,9 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
     }
     del source, copy
     try:
-        for name in ("read_bandwidth", "int8_dot_peak", "float_dot_peak"):
-            probes[name] = getattr(native, name)(threads)
+        for name in ("read_bandwidth", "int8_dot_peak", "float_dot_peak", "matrix_peak"):
+            if (found := getattr(native, name)(threads)) is not None:
+                probes[name] = found
     except BuildError as error:
         warnings.warn(f"limits are torch's only, the compiled probes were not built: {error}", stacklevel=2)
     readers = ("torch_sum", "copy_twice", "read_bandwidth")
@@ -69,6 +73,7 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
         read_bandwidth=max(probes[name] for name in readers if name in probes),
         int8_peak=probes.get("int8_dot_peak"),
         float_peak=probes.get("float_dot_peak"),
+        matrix_peak=probes.get("matrix_peak"),
         probes=probes,
     )
 

@@ -111,8 +111,8 @@ def fractions(test: Test, tokens_per_second: float, work: Work, limits: Limits, 
     """Return what part of the machine's limit a speed is.
 
     Decode: bytes read a second over the read bandwidth. Prefill: operations of the matrices a second
-    over the peak of integer dot products; `with_attention` adds the attention's operations at the
-    float peak to the least time.
+    over the peak of integer dot products, or of a bf16 matrix unit where that is higher; `with_attention`
+    adds the attention's operations at the float peak (or the matrix unit's) to the least time.
     """
     seconds = test.tokens * test.batch / tokens_per_second
     if test.kind == "tg":
@@ -122,8 +122,10 @@ def fractions(test: Test, tokens_per_second: float, work: Work, limits: Limits, 
         return Fractions(least / seconds, None, "weights and KV over read bandwidth")
     if limits.int8_peak is None:
         return Fractions(None, None, "no integer dot loop measures this machine's peak yet")
-    linear = work.linear_operations(test) / limits.int8_peak
+    matrix = limits.matrix_peak or 0.0
+    linear = work.linear_operations(test) / max(limits.int8_peak, matrix)
     both = None
     if limits.float_peak is not None:
-        both = (linear + work.attention_operations(test) / limits.float_peak) / seconds
-    return Fractions(linear / seconds, both, "matrix operations over the int8 dot peak")
+        both = (linear + work.attention_operations(test) / max(limits.float_peak, matrix)) / seconds
+    name = "bf16 matrix peak" if matrix > limits.int8_peak else "int8 dot peak"
+    return Fractions(linear / seconds, both, f"matrix operations over the {name}")

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 
 from ..kernels.probe import TVM_CPU, ProbeSpec
-from ..kernels.probe.operations import LINE_BYTES, dot_operations, multiply_add_operations
+from ..kernels.probe.operations import (
+    LINE_BYTES,
+    MATRIX_STEPS,
+    TILE_STATE_BYTES,
+    dot_operations,
+    matrix_operations,
+    multiply_add_operations,
+)
 from ..kernels.quant_matmul.packing import aligned_empty
+from ..kernels.shared.isa.table import MATRIX
 from . import launch
 from .dispatch import current_target
 from .threads import set_threads
@@ -39,6 +47,23 @@ def float_dot_peak(threads: int | None = None, repeats: int = 5) -> float:
     return _tile_peak("multiply_add", threads, repeats) * multiply_add_operations(
         current_target().isa, _ROUNDS
     )
+
+
+def matrix_peak(threads: int | None = None, repeats: int = 5) -> float | None:
+    """Return the best operations per second of a bf16 matrix unit on operands in L1; None without one.
+
+    The operands are random: on zeros or ones the unit takes less power and runs faster.
+    """
+    if current_target().isa not in MATRIX:
+        return None
+    count = set_threads(threads)
+    data = aligned_empty(MATRIX_STEPS * 4096 + count * TILE_STATE_BYTES)
+    numbers = torch.randn(MATRIX_STEPS * 2048, generator=torch.Generator().manual_seed(0))
+    data[: MATRIX_STEPS * 4096] = numbers.bfloat16().view(torch.uint8)
+    out = aligned_empty(count * 4096)
+    function = _library().function("matrix")
+    call = lambda: function(count, _ROUNDS // 20, data.data_ptr(), out.data_ptr())  # noqa: E731
+    return count * matrix_operations(_ROUNDS // 20) / _best(call, repeats)
 
 
 def _tile_peak(name: str, threads: int | None, repeats: int) -> float:

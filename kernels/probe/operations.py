@@ -14,6 +14,15 @@ def dot_operations(isa_name: str, rounds: int) -> int:
     return rounds * L1_STEPS * TILE_ROWS[isa_name] * TILE_VECTORS * lanes * 4 * 2
 
 
+MATRIX_STEPS = 8  # four tiles of 1 KiB each: the operands lie in L1
+TILE_STATE_BYTES = 8 << 10
+
+
+def matrix_operations(rounds: int) -> int:
+    """Return the bf16 operations of one thread's `rounds` on a matrix unit."""
+    return rounds * MATRIX_STEPS * 4 * 16 * 16 * 32 * 2
+
+
 def multiply_add_operations(isa_name: str, rounds: int) -> int:
     """Return the fp32 operations of one thread's `rounds`."""
     return dot_operations(isa_name, rounds) // 4

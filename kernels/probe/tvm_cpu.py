@@ -8,13 +8,21 @@ from ...compiler.target import Target
 from ..shared import tir
 from ..shared.isa.table import Isa, for_target
 from ..shared.tir import T
-from .operations import L1_STEPS, LINE_BYTES, TILE_ROWS, TILE_VECTORS
+from .operations import (
+    L1_STEPS,
+    LINE_BYTES,
+    MATRIX_STEPS,
+    TILE_ROWS,
+    TILE_STATE_BYTES,
+    TILE_VECTORS,
+)
 
 
 def lower(target: Target) -> list[Any]:
     """Return the PrimFuncs `read`, `dot` and `multiply_add`."""
     isa = for_target(target)
-    return [_read(isa), _dot(isa), _multiply_add(isa)]
+    found = [_read(isa), _dot(isa), _multiply_add(isa)]
+    return found if isa.matrix is None else [*found, _matrix(isa)]
 
 
 def _read(isa: Isa) -> Any:
@@ -66,6 +74,27 @@ def _dot(isa: Isa) -> Any:
             for cell in row:
                 total = tir.let(total + isa.widen(cell.get()))
         tir.store(k["out"], thread * 16, total)
+    return k.finish()
+
+
+def _matrix(isa: Isa) -> Any:
+    """`rounds` times MATRIX_STEPS steps of four bf16 tiles; `data` holds the operands, then threads' states."""
+    k = tir.Kernel("matrix", [("threads", "int64"), ("rounds", "int64"), ("data", "int64"), ("out", "int64")])
+    unit, size = isa.matrix, 1024
+    with tir.parallel(k["threads"]) as thread:
+        unit.configure(tir.let(k["data"] + MATRIX_STEPS * 4 * size + thread * TILE_STATE_BYTES))
+        for tile in range(4):
+            unit.zero(tile)
+        one = tir.let(T.min(k["threads"], T.int64(1)))
+        with tir.loop(k["rounds"]), tir.loop(one * MATRIX_STEPS) as step:
+            at = tir.let(k["data"] + step * (4 * size))
+            for tile in range(4):
+                unit.load(4 + tile, tir.let(at + tile * size))
+            for acc in range(4):
+                unit.multiply(acc, 4 + acc // 2, 6 + acc % 2)
+        for tile in range(4):
+            unit.store(tile, tir.let(k["out"] + (thread * 4 + tile) * size))
+        unit.release()
     return k.finish()
 
 
