@@ -26,17 +26,22 @@ class MatrixPlan:
     row_tiles: int
 
 
-def matrix_plan(spec: QuantMatmulSpec) -> MatrixPlan:
-    """Return the cut: none where x of 512 rows fits half of a 2 MiB L2, else slices of K.
+_MOST_DEPTH = 640  # a panel of 32 columns is 40 KiB then, and stays in an L1 of 48
 
-    512 rows of a slice of x (1 MiB), the sums of 8 panels (512 KiB) and a panel (64 KiB) lie in L2.
+
+def matrix_plan(spec: QuantMatmulSpec) -> MatrixPlan:
+    """Return the cut: K in even slices whose panel stays in L1 while the rows pass.
+
+    Of 512 rows a slice of x (up to 640 KiB) and the sums of 8 panels (512 KiB) lie in L2.
     """
-    k = padded_k(spec)
-    if k <= 1536:
+    k, step = padded_k(spec), max(2 * TILE, spec.weight.group_size)
+    if k <= _MOST_DEPTH:
         return MatrixPlan(k, 1, 1)
+    slices = -(-k // (_MOST_DEPTH // step * step))
+    depth = -(-k // (slices * step)) * step
     parts = 2 if spec.epilogue == "silu_pair" else 1
     blocks = -(-spec.n // (parts * BLOCK))
-    return MatrixPlan(1024, max(1, min(8 // parts, blocks // 8)), 16)
+    return MatrixPlan(depth, max(1, min(8 // parts, blocks // 8)), 16)
 
 
 def is_integer(spec: QuantMatmulSpec) -> bool:
@@ -70,12 +75,9 @@ def panel_bytes(spec: QuantMatmulSpec, isa: str) -> int:
     """Return the bytes of one thread's panels: one, or a gate and up pair."""
     parts = 2 if spec.epilogue == "silu_pair" else 1
     if uses_matrix(spec):  # and the fp32 sums
-        plan, result = matrix_plan(spec), BLOCK * BLOCK * 4
-        if plan.depth < padded_k(spec):
-            panels, sums = 1, plan.units * parts * plan.row_tiles
-        else:
-            panels, sums = parts, parts
-        return panels * plan.depth * BLOCK * 2 + sums * result + TILE_STATE_BYTES
+        plan = matrix_plan(spec)
+        sums = plan.units * parts * plan.row_tiles if plan.depth < padded_k(spec) else 1
+        return plan.depth * BLOCK * 2 + sums * BLOCK * BLOCK * 4 + TILE_STATE_BYTES
     return parts * line(padded_k(spec) * BLOCK * element_bytes(spec, isa))
 
 

@@ -7,6 +7,7 @@ tiles [K/32][2][16][16][2] and multiplies it with every 32 rows; the fp32 result
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..shared import tir
@@ -38,29 +39,25 @@ def matrix_share(c: Context, thread: Any) -> None:
 
 
 def _flat_share(c: Context, area: Any) -> None:
-    """K fits: a unit's panels in L1 or L2, the rows pass by."""
-    parts = 2 if c.spec.epilogue == "silu_pair" else 1
-    panel = c.k_padded * BLOCK * 2
-    results = tir.let(area + parts * panel)
+    """K fits: a panel in L1, the rows pass by."""
+    results = tir.let(area + c.k_padded * BLOCK * 2)
     blocks = (T.int64(0), T.int64(c.k_padded // DEPTH))
     with claimed(c.kernel["counter"], T.int64(units(c))) as unit:
-        for part in range(parts):
-            fill_panel(stream_of(c, unit * parts + part), tir.let(area + part * panel), 0, c.k_padded)
-        with tir.loop(row_tiles(c)) as t:
-            row0 = tir.let(t * ROWS)
-            rows = tir.let(T.min(c.kernel["m"] - row0, T.int64(ROWS)))
-            for part in range(parts):
-                _multiply(c, t, rows, area + part * panel, results + part * _RESULT_BYTES, blocks, None)
-            _finish(c, unit, row0, rows, results, parts)
+        for columns in _panels(c, unit):
+            fill_panel(columns.sources, area, 0, c.k_padded)
+            with tir.loop(row_tiles(c)) as t:
+                row0 = tir.let(t * ROWS)
+                rows = tir.let(T.min(c.kernel["m"] - row0, T.int64(ROWS)))
+                _multiply(c, t, rows, area, results, blocks, None)
+                _finish(c, columns, row0, rows, results)
 
 
 def _deep_share(c: Context, area: Any, plan: MatrixPlan) -> None:
-    """K in slices: of some rows and a slice, x stays in L2 for several units, whose sums lie beside it."""
-    kernel, parts = c.kernel, 2 if c.spec.epilogue == "silu_pair" else 1
-    total, slices = units(c), -(-c.k_padded // plan.depth)
-    tiles = row_tiles(c)
+    """K in slices: of some rows and a slice, x stays in L2 for several panels, whose sums lie beside it."""
+    kernel, total, slices = c.kernel, units(c), -(-c.k_padded // plan.depth)
+    tiles, count_of = row_tiles(c), 2 if c.spec.epilogue == "silu_pair" else 1
     results = tir.let(area + plan.depth * BLOCK * 2)
-    part_bytes = plan.row_tiles * _RESULT_BYTES
+    sums_bytes = plan.row_tiles * _RESULT_BYTES
     with claimed(kernel["counter"], T.int64(-(-total // plan.units))) as some:
         first = tir.let(some * plan.units)
         count = tir.let(T.min(T.int64(plan.units), total - first))
@@ -72,21 +69,42 @@ def _deep_share(c: Context, area: Any, plan: MatrixPlan) -> None:
                 row0 = tir.let((t0 + t) * ROWS)
                 return row0, tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
 
-            for part_of_k in range(slices):
-                start = part_of_k * plan.depth
-                stop = min(start + plan.depth, c.k_padded)
+            for cut in range(slices):
+                start, stop = cut * plan.depth, min((cut + 1) * plan.depth, c.k_padded)
+                blocks = (T.int64(start // DEPTH), T.int64((stop - start) // DEPTH))
                 with tir.loop(count) as u:
-                    for part in range(parts):
-                        fill_panel(stream_of(c, (first + u) * parts + part), area, start, stop)
+                    for i, columns in enumerate(_panels(c, tir.let(first + u))):
+                        fill_panel(columns.sources, area, start, stop)
                         with tir.loop(here) as t:
                             _, rows = rows_of(t)
-                            at = tir.let(results + (u * parts + part) * part_bytes + t * _RESULT_BYTES)
-                            blocks = (T.int64(start // DEPTH), T.int64((stop - start) // DEPTH))
-                            _multiply(c, t0 + t, rows, area, at, blocks, at if part_of_k else None)
-            with tir.loop(count) as u, tir.loop(here) as t:
-                row0, rows = rows_of(t)
-                at = tir.let(results + u * (parts * part_bytes) + t * _RESULT_BYTES)
-                _finish(c, first + u, row0, rows, at, parts, part_bytes)
+                            at = tir.let(results + (u * count_of + i) * sums_bytes + t * _RESULT_BYTES)
+                            _multiply(c, t0 + t, rows, area, at, blocks, at if cut else None)
+            with tir.loop(count) as u:
+                for i, columns in enumerate(_panels(c, tir.let(first + u))):
+                    with tir.loop(here) as t:
+                        row0, rows = rows_of(t)
+                        at = tir.let(results + (u * count_of + i) * sums_bytes + t * _RESULT_BYTES)
+                        _finish(c, columns, row0, rows, at)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """32 columns that pass the unit together: the streams and vectors of their halves, and where they go.
+
+    Of a gated pair, 16 columns of the gate and the same 16 of up: the epilogue finds both side by side.
+    """
+
+    sources: list[tuple[Stream, int]]
+    column: Any
+
+
+def _panels(c: Context, unit: Any) -> list[_Panel]:
+    """Return the panels of a unit."""
+    if c.spec.epilogue != "silu_pair":
+        stream = stream_of(c, unit)
+        return [_Panel([(stream, 0), (stream, 1)], tir.let(unit * BLOCK))]
+    gate, up = (stream_of(c, unit * 2 + part) for part in range(2))
+    return [_Panel([(gate, half), (up, half)], tir.let(unit * BLOCK + half * TILE)) for half in range(2)]
 
 
 def round_row(c: Context, row: Any, x_at: Any = None) -> None:
@@ -124,38 +142,48 @@ def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[A
     """Return a sink (see Context) that rounds results to the tiles of the next product, at address `tiles`."""
 
     def store(row: Any, column: Any, values: list[Any]) -> None:
-        at = tile_row(row, k_padded) + T.truncdiv(column, T.int64(DEPTH)) * (DEPTH * TILE)
-        tir.store(tir.buffer_at(tiles, "uint16"), at, isa.matrix.to_bf16(*values))
+        block = T.truncdiv(column, T.int64(DEPTH)) * (DEPTH * TILE)
+        at = tile_row(row, k_padded) + block + T.truncmod(column, T.int64(DEPTH))
+        rounded = tir.Register("uint16", DEPTH)
+        rounded.set(isa.matrix.to_bf16(values[0], values[-1]))
+        kept = (
+            rounded.get()
+            if len(values) == 2
+            else T.Shuffle([rounded.get()], [T.int32(i) for i in range(TILE)])
+        )
+        tir.store(tir.buffer_at(tiles, "uint16"), at, kept)
 
     return store
 
 
-def fill_panel(stream: Stream, panel: Any, start: int, stop: int) -> None:
-    """Emit: unpack K in [start, stop) of one block, zeros past K, to bf16 tiles at address `panel`."""
-    spec, g = stream.spec, stream.geometry
+def fill_panel(sources: list[tuple[Stream, int]], panel: Any, start: int, stop: int) -> None:
+    """Emit: unpack K in [start, stop) of two vectors of columns, zeros past K, to tiles at address `panel`."""
+    first_stream = sources[0][0]
+    spec, g, isa = first_stream.spec, first_stream.geometry, first_stream.isa
     out = tir.buffer_at(panel, "uint16")
     if spec.weight.is_float:
         whole = (min(stop, spec.k) - start) // 2
         with tir.loop(whole) as pair:
-            for half in range(2):
+            for half, (stream, vector) in enumerate(sources):
                 k = tir.let(start + pair * 2)
-                values = [tir.let(float_element(stream, k + j, half)) for j in range(2)]
-                _store_pair(stream.isa, out, pair, half, *values)
+                _store_pair(
+                    isa, out, pair, half, *(tir.let(float_element(stream, k + j, vector)) for j in (0, 1))
+                )
         for pair in range(whole, (stop - start) // 2):
-            for half in range(2):
+            for half, (stream, vector) in enumerate(sources):
                 zero = tir.f32(0.0, TILE)
                 last = zero
                 if start + pair * 2 < spec.k:
-                    last = tir.let(float_element(stream, T.int64(spec.k - 1), half))
-                _store_pair(stream.isa, out, T.int64(pair), half, last, zero)
+                    last = tir.let(float_element(stream, T.int64(spec.k - 1), vector))
+                _store_pair(isa, out, T.int64(pair), half, last, zero)
         return
     run, size = 4 * g.planes, spec.weight.group_size
     with tir.loop((stop - start) // size) as group, tir.loop(size // run) as step:
-        for half in range(2):
-            values = float_weights(stream, group + start // size, step, half)
+        for half, (stream, vector) in enumerate(sources):
+            values = float_weights(stream, group + start // size, step, vector)
             first = tir.let((group * size + step * run) // 2)
             for i in range(run // 2):
-                _store_pair(stream.isa, out, first + i, half, values[2 * i], values[2 * i + 1])
+                _store_pair(isa, out, first + i, half, values[2 * i], values[2 * i + 1])
 
 
 def _store_pair(isa: Isa, out: Any, pair: Any, half: int, low: Any, high: Any) -> None:
@@ -192,27 +220,27 @@ def _multiply_tiles(
         for half in range(2):
             unit.load(6 + half, right + half * TILE_BYTES)
         for r in range(row_tiles):
-            unit.load(4 + r, tir.let(rows_at + block * TILE_BYTES + r * (whole * TILE_BYTES)))
+            row_at = tir.let(rows_at + block * TILE_BYTES + r * (whole * TILE_BYTES))
+            unit.load(4 + r, row_at, passing=True)
         for r, half in places:
             unit.multiply(2 * r + half, 4 + r, 6 + half)
     for r, half in places:
         unit.store(2 * r + half, result + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
 
 
-def _finish(
-    c: Context, unit: Any, row0: Any, rows: Any, results: Any, parts: int, apart: int = _RESULT_BYTES
-) -> None:
-    values = [tir.buffer_at(tir.let(results + part * apart), "float32") for part in range(parts)]
+def _finish(c: Context, columns: _Panel, row0: Any, rows: Any, results: Any) -> None:
+    """Emit the epilogue of 32 x 32 sums at address `results`."""
+    values = tir.buffer_at(results, "float32")
+    pair = c.spec.epilogue == "silu_pair"
     with tir.loop(rows) as r:
         row = tir.let(row0 + r)
-        done = []
-        for half in range(2):
-            at = tir.let(unit * BLOCK + half * TILE)
-            held = [tir.let(tir.load(v, r * BLOCK + half * TILE, TILE)) for v in values]
-            second = held[1] if parts == 2 else None
-            if c.sink is None:
-                finish_vector(c, row, at, held[0], second)
-            else:
-                done.append(tir.let(finished(c, row, at, TILE, held[0], second)))
+        left, right = (tir.let(tir.load(values, r * BLOCK + half * TILE, TILE)) for half in range(2))
+        places = [(columns.column, left, right)] if pair else [
+            (columns.column, left, None), (tir.let(columns.column + TILE), right, None)
+        ]  # fmt: skip
         if c.sink is not None:
-            c.sink(row, unit * BLOCK, done)
+            done = [tir.let(finished(c, row, at, TILE, *held)) for at, *held in places]
+            c.sink(row, columns.column, done)
+        else:
+            for at, first, second in places:
+                finish_vector(c, row, at, first, second)

@@ -38,9 +38,9 @@ def zero(tile: int) -> None:
     _call("tilezero", T.int8(tile))
 
 
-def load(tile: int, address: Any, stride: int = _BYTES) -> None:
-    """Load 16 rows of 64 bytes, `stride` bytes apart."""
-    _call("tileloadd64", T.int8(tile), _pointer(address), T.int64(stride))
+def load(tile: int, address: Any, stride: int = _BYTES, passing: bool = False) -> None:
+    """Load 16 rows of 64 bytes, `stride` bytes apart; what is `passing` by leaves L1 to what stays."""
+    _call("tileloaddt164" if passing else "tileloadd64", T.int8(tile), _pointer(address), T.int64(stride))
 
 
 def store(tile: int, address: Any, stride: int = _BYTES) -> None:

@@ -28,7 +28,7 @@ def zero(tile: int) -> None:
         tir.store(_words(tile, "float32"), row * 16, tir.f32(0.0, 16))
 
 
-def load(tile: int, address: Any, stride: int = 64) -> None:
+def load(tile: int, address: Any, stride: int = 64, passing: bool = False) -> None:
     """Load 16 rows of 64 bytes, `stride` bytes apart."""
     words = tir.buffer_at(address, "int32", align=2)
     with tir.loop(16) as row:
