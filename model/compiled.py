@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..compiler.errors import EdgeFormerError
 from ..compiler.target import Target
-from ..kernels.decoder_step import DecoderStepSpec
 from ..kernels.attention.space import fastest_math
+from ..kernels.decoder_step import DecoderStepSpec
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
 from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram

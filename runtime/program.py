@@ -11,9 +11,8 @@ from torch import Tensor
 from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
 from ..compiler.target import Target
 from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes, prefill_area
-from ..kernels.decoder_step.workspace import BARRIER_BYTES
 from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
-from ..kernels.decoder_step.workspace import chunk_area, thread_area
+from ..kernels.decoder_step.workspace import BARRIER_BYTES, chunk_area, thread_area
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.packing import aligned_empty

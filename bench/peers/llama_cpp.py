@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,9 @@ from ..work import Test, Work, work_of_file
 PACKAGE = "llama-cpp-python"
 INSTALL = f'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary {PACKAGE} {PACKAGE}'
 REBUILD = INSTALL.replace("pip install", "pip install --force-reinstall --no-deps --no-cache-dir")
+# With gcc 12, version 0.3.36 loads tiles before it has configured them.
+NO_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
+REBUILD_WITHOUT_AMX = REBUILD.replace("-DGGML_NATIVE=ON", f"-DGGML_NATIVE=ON {NO_AMX}")
 BATCH, UBATCH = 2048, 512  # llama-bench's defaults
 TRIALS = 2  # timed runs of each flash-attention setting, to find the better one
 
@@ -83,6 +87,7 @@ class LlamaCppEngine:
         self._path = path
         self._shape = {"threads": threads, "context": context, "batch": batch}
         self._flash: dict[Test, bool] = {}
+        self._about: dict[str, Any] = {}
         try:
             self._about = self._ask({"do": "load", **self._shape})
             missing = missing_isa(self._about["system_info"], detect().features)
@@ -142,10 +147,11 @@ class LlamaCppEngine:
         if not line:
             self._child.wait()
             self._errors.seek(0)
-            said = self._errors.read()
-            raise EdgeFormerError(
-                f"llama.cpp stopped (exit {self._child.poll()}): {said.strip()[-600:] or 'no word'}"
-            )
+            said = self._errors.read().strip()[-600:] or "no word"
+            code = self._child.poll()
+            if code == -signal.SIGILL and "AMX_INT8 = 1" in self._about.get("system_info", ""):
+                said = f"an illegal instruction in its AMX kernels; build it without: {REBUILD_WITHOUT_AMX}"
+            raise EdgeFormerError(f"llama.cpp stopped (exit {code}): {said}")
         answer = json.loads(line)
         if "error" in answer:
             raise EdgeFormerError(f"llama.cpp: {answer['error']}")

@@ -1,6 +1,6 @@
-"""Prefill attention on a bf16 matrix unit: 32 rows x 32 keys a step, softmax in vectors between the products.
+"""Prefill attention on a bf16 matrix unit: 32 rows x 32 keys a step, softmax in vectors between products.
 
-Queries, keys, values and softmax weights are bf16, sums fp32. K and V are turned into tiles once a query tile.
+Queries, keys, values and softmax weights are bf16, sums fp32. K and V become tiles once a query tile.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class _MatrixTile(QueryTile):
     def _values_checked(self, row0: Any, bounds: Any) -> None:
         """As _value_tiles for a tile with NaN or Inf in V: each row leaves out the keys it does not see."""
         dim = self.spec.v_head_dim
-        weights, values = (tir.buffer_at(at, "uint16") for at in (self.p_at, self.v_at))
+        weights = tir.buffer_at(self.p_at, "uint16")
         with tir.loop(self.step) as r:
             low = tir.let(tir.cast(tir.load(bounds, 2 * r), "int64"))
             high = tir.let(tir.cast(tir.load(bounds, 2 * r + 1), "int64"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 from ..shared import tir
-from ..shared.tir import T
 from ..shared.claim import claimed
+from ..shared.tir import T
 from .areas import ROW_STEP, prefill_offsets, whole_block_k
 from .spec import KEY_BLOCK
 from .tvm_math import LOG2_E, Registers, exp2, minus_infinity, transpose
@@ -46,7 +47,7 @@ class Prefill:
             self.tile(self, b, kv_head, q0, areas).emit()
 
     def counter(self) -> Any:
-        """Return the address of the counter of query tiles: the caller's, or behind the areas of all threads."""
+        """Return the address of the counter of tiles: the caller's, or behind the areas of all threads."""
         if self.claims is not None:
             return self.claims
         return tir.let(self.a.scratch + self.a.threads * self.sizes[-1])
@@ -57,8 +58,41 @@ class Prefill:
         return [tir.buffer_at(tir.let(base + o), kind) for o, kind in zip(self.sizes, kinds)]
 
 
-class QueryTile:
-    """One query tile of one sequence and KV head. Row r is query q0 + r // group, head r % group."""
+class QueryTile(abc.ABC):
+    """One query tile of one sequence and KV head. Row r is query q0 + r // group, head r % group.
+
+    `out` holds the rows' sums (fp32), `m` and `l` their largest scores in log2 units and their totals.
+    """
+
+    out: Any
+    m: Any
+    l: Any  # noqa: E741  as in the papers
+
+    @abc.abstractmethod
+    def take_areas(self, areas: list[Any]) -> None:
+        """Name this thread's areas."""
+
+    @abc.abstractmethod
+    def row_bounds(self) -> Any:
+        """Return where a row block's first and last visible keys are kept."""
+
+    @abc.abstractmethod
+    def load_row(self, row: Any, b: Any, h: Any, t: Any) -> None:
+        """Emit: q[b, h, t] times the factor to its row."""
+
+    @abc.abstractmethod
+    def load_keys(self, j0: Any, keys: Any) -> None:
+        """Emit: keys [j0, j0 + keys) as the scores read them."""
+
+    @abc.abstractmethod
+    def load_values(self, j0: Any, first: Any, keys: Any) -> Any:
+        """Emit: values [j0 + first, j0 + keys) as the sums read them; return whether one is NaN or Inf."""
+
+    @abc.abstractmethod
+    def attend(
+        self, row0: Any, j0: Any, begin: Any, end: Any, partial: Any, bounds: Any, poison: Any
+    ) -> None:
+        """Emit: scores, softmax and weighted sum of `step` rows against keys [begin, end) of the tile."""
 
     def __init__(self, prefill: Prefill, b: Any, kv_head: Any, q0: Any, areas: list[Any]) -> None:
         self.f, self.p, self.spec, self.a = prefill, prefill.p, prefill.spec, prefill.a

@@ -7,8 +7,8 @@ from typing import Any
 from ...compiler.operator import Declined, Form
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..shared.isa.table import MATRIX
 from ..quant_matmul.space import prefetches
+from ..shared.isa.table import MATRIX
 from .spec import LAYER_SLOTS, DecoderStepSpec
 
 __all__ = ["LAYER_SLOTS", "TVM_CPU", "DecoderStepSpec"]

@@ -32,7 +32,8 @@ class DecoderStepSpec:
 
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
-    arguments. With activation "bfloat16" products and attention are a matrix unit's, for many rows. Norm weights are fp32, hidden states fp32 [M, hidden]. All layers share these formats.
+    arguments. With activation "bfloat16" products and attention are a matrix unit's, for many rows. Norm
+    weights are fp32, hidden states fp32 [M, hidden]. All layers share these formats.
     """
 
     hidden: int

@@ -1,4 +1,4 @@
-"""The layers on a CPU for many rows (a chunk of a prompt): one parallel launch, work claimed between barriers.
+"""The layers on a CPU for many rows (a chunk of a prompt): one launch, work claimed between barriers.
 
 Rows are normalised and rounded once by the thread that has them, products and attention are claimed block by
 block. On a matrix unit the gated product leaves its epilogue as tiles of the next one.
@@ -63,7 +63,7 @@ class Chunk(Step):
         sizes = (int(self.configuration["block_q"]), int(self.configuration["block_k"]))
         prefill_emitter(self._attention(at), *sizes, self.claims).phase(self.thread)
         self._barrier()
-        self._product("o", at["o"], k["attended"])
+        self._many_product("o", at["o"], k["attended"])
 
         gated = tir.buffer_at(k["gated"], "float32")
         gate_up = self._context("gate_up", {"w": at["gate_up"], "y": gated})
@@ -73,9 +73,9 @@ class Chunk(Step):
             gate_up.sink = tile_sink(self.isa, k["gated"], down.k)
         self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
         self._claimed(gate_up)
-        self._product("down", at["down"], None if tiled else gated)
+        self._many_product("down", at["down"], None if tiled else gated)
 
-    def _product(self, name: str, weight: Any, source: Any) -> None:
+    def _many_product(self, name: str, weight: Any, source: Any) -> None:
         """Emit x += source @ W.T; without a source its tiles stand in `gated`."""
         x = self.kernel["x"]
         context = self._context(name, {"w": weight, "x": source, "y": x, "residual": x})

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..quant_matmul.sizes import element_bytes, is_integer, padded_k, panel_bytes
 from .spec import DecoderStepSpec
 
-
 BARRIER_BYTES = 256  # see shared/barrier.py
 
 

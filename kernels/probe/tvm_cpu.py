@@ -78,7 +78,7 @@ def _dot(isa: Isa) -> Any:
 
 
 def _matrix(isa: Isa) -> Any:
-    """`rounds` times MATRIX_STEPS steps of four bf16 tiles; `data` holds the operands, then threads' states."""
+    """`rounds` times MATRIX_STEPS steps of four bf16 tiles; `data`: the operands, then threads' states."""
     k = tir.Kernel("matrix", [("threads", "int64"), ("rounds", "int64"), ("data", "int64"), ("out", "int64")])
     unit, size = isa.matrix, 1024
     with tir.parallel(k["threads"]) as thread:

@@ -139,7 +139,7 @@ def tile_row(row: Any, k_padded: int) -> Any:
 
 
 def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[Any]], None]:
-    """Return a sink (see Context) that rounds results to the tiles of the next product, at address `tiles`."""
+    """Return a sink (see Context) that rounds results to the next product's tiles at address `tiles`."""
 
     def store(row: Any, column: Any, values: list[Any]) -> None:
         block = T.truncdiv(column, T.int64(DEPTH)) * (DEPTH * TILE)
@@ -157,7 +157,7 @@ def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[A
 
 
 def fill_panel(sources: list[tuple[Stream, int]], panel: Any, start: int, stop: int) -> None:
-    """Emit: unpack K in [start, stop) of two vectors of columns, zeros past K, to tiles at address `panel`."""
+    """Emit: unpack K in [start, stop) of two vectors of columns, zeros past K, to tiles at `panel`."""
     first_stream = sources[0][0]
     spec, g, isa = first_stream.spec, first_stream.geometry, first_stream.isa
     out = tir.buffer_at(panel, "uint16")

@@ -9,8 +9,9 @@ from .tir import T
 
 CLAIMS = 64  # where the counter of claimed work stands (see claim.py); it is 0 behind every barrier
 
-# 256 bytes: thread count at +0, claims at +64, generation at +128, on lines of their own. A thread that has spun long enough yields: on a machine with
-# more runnable threads than cores the one that is waited for may not be running.
+# 256 bytes: thread count at +0, claims at +64, generation at +128, on lines of their own. A thread that has
+# spun long enough yields: on a machine with more runnable threads than cores the one that is waited for may
+# not be running.
 _TEXT = r"""
 declare i32 @sched_yield()
 @PAUSE_DECLARATION@
