@@ -153,10 +153,10 @@ def chunk_spec(decoder: Decoder, kv: str, target: Target) -> DecoderStepSpec | N
     fastest = {
         fastest_activation(MAX_ROWS + 1, f, target) for f in (spec.qkv, spec.o, spec.gate_up, spec.down)
     }
-    math = fastest_math(MAX_ROWS + 1, spec.kv_dtype, target)
-    if decoder.head.activation != "auto" or fastest != {"bfloat16"} or math != "bfloat16":
+    if decoder.head.activation != "auto" or fastest != {"bfloat16"}:
         return None
-    return dataclasses.replace(spec, activation="bfloat16")
+    math = fastest_math(MAX_ROWS + 1, spec.kv_dtype, target)
+    return dataclasses.replace(spec, activation="bfloat16", math=math)
 
 
 def compile_decoder(decoder: Decoder, target: Target, kv: str) -> tuple[CompiledDecoder | None, str]:

@@ -22,7 +22,7 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
     formats = (spec.qkv, spec.o, spec.gate_up, spec.down, spec.embed, spec.head)
     if any(f.bits == 8 and f.zero in ("integer", "minimum") for f in formats):
         return Declined("8-bit weights with a stored zero have no kernel")
-    if spec.activation == "bfloat16" and target.isa not in MATRIX:
+    if "bfloat16" in (spec.activation, spec.math) and target.isa not in MATRIX:
         return Declined(f"{target.isa} has no bf16 matrix unit")
     if spec.intermediate % 32:
         return Declined(f"an intermediate size of {spec.intermediate} is not a multiple of 32")

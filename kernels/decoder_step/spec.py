@@ -32,8 +32,9 @@ class DecoderStepSpec:
 
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
-    arguments. With activation "bfloat16" products and attention are a matrix unit's, for many rows. Norm
-    weights are fp32, hidden states fp32 [M, hidden]. All layers share these formats.
+    arguments. With activation "bfloat16" products are a matrix unit's, with math "bfloat16" (see
+    AttentionSpec) attention is, for many rows. Norm weights are fp32, hidden states fp32 [M, hidden]. All
+    layers share these formats.
     """
 
     hidden: int
@@ -56,6 +57,7 @@ class DecoderStepSpec:
     kv_dtype: str = "bfloat16"
     mask: str = "causal"
     activation: str = "int8"
+    math: str = "float32"
 
     def key(self) -> str:
         """One line that names the problem."""
@@ -67,7 +69,7 @@ class DecoderStepSpec:
         return (
             f"{self.hidden} {self.intermediate} {self.vocab} {heads} rotary={self.rotary_dim} "
             f"eps={self.eps!r} {formats} {self.embed_layout} {flags}"
-            f"{self.kv_dtype} {self.mask} {self.activation}"
+            f"{self.kv_dtype} {self.mask} {self.activation} {self.math}"
         )
 
     @property
@@ -103,5 +105,5 @@ class DecoderStepSpec:
             self.kv_dtype,
             self.mask,
             "blocked",
-            math="bfloat16" if self.activation == "bfloat16" else "float32",
+            math=self.math,
         )

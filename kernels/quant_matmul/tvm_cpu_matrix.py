@@ -44,7 +44,7 @@ def _flat_share(c: Context, area: Any) -> None:
     blocks = (T.int64(0), T.int64(c.k_padded // DEPTH))
     with claimed(c.kernel["counter"], T.int64(units(c))) as unit:
         for columns in _panels(c, unit):
-            fill_panel(columns.sources, area, 0, c.k_padded)
+            fill_panel(columns.sources, area, T.int64(0), T.int64(c.k_padded))
             with tir.loop(row_tiles(c)) as t:
                 row0 = tir.let(t * ROWS)
                 rows = tir.let(T.min(c.kernel["m"] - row0, T.int64(ROWS)))
@@ -69,16 +69,17 @@ def _deep_share(c: Context, area: Any, plan: MatrixPlan) -> None:
                 row0 = tir.let((t0 + t) * ROWS)
                 return row0, tir.let(T.min(kernel["m"] - row0, T.int64(ROWS)))
 
-            for cut in range(slices):
-                start, stop = cut * plan.depth, min((cut + 1) * plan.depth, c.k_padded)
-                blocks = (T.int64(start // DEPTH), T.int64((stop - start) // DEPTH))
+            with tir.loop(slices) as cut:
+                start = tir.let(cut * plan.depth)
+                stop = tir.let(T.min(start + plan.depth, T.int64(c.k_padded)))
+                blocks = (T.truncdiv(start, T.int64(DEPTH)), T.truncdiv(stop - start, T.int64(DEPTH)))
                 with tir.loop(count) as u:
                     for i, columns in enumerate(_panels(c, tir.let(first + u))):
                         fill_panel(columns.sources, area, start, stop)
                         with tir.loop(here) as t:
                             _, rows = rows_of(t)
                             at = tir.let(results + (u * count_of + i) * sums_bytes + t * _RESULT_BYTES)
-                            _multiply(c, t0 + t, rows, area, at, blocks, at if cut else None)
+                            _multiply(c, t0 + t, rows, area, at, blocks, cut > 0)
             with tir.loop(count) as u:
                 for i, columns in enumerate(_panels(c, tir.let(first + u))):
                     with tir.loop(here) as t:
@@ -156,34 +157,41 @@ def tile_sink(isa: Isa, tiles: Any, k_padded: int) -> Callable[[Any, Any, list[A
     return store
 
 
-def fill_panel(sources: list[tuple[Stream, int]], panel: Any, start: int, stop: int) -> None:
+def fill_panel(sources: list[tuple[Stream, int]], panel: Any, start: Any, stop: Any) -> None:
     """Emit: unpack K in [start, stop) of two vectors of columns, zeros past K, to tiles at `panel`."""
     first_stream = sources[0][0]
     spec, g, isa = first_stream.spec, first_stream.geometry, first_stream.isa
     out = tir.buffer_at(panel, "uint16")
     if spec.weight.is_float:
-        whole = (min(stop, spec.k) - start) // 2
-        with tir.loop(whole) as pair:
-            for half, (stream, vector) in enumerate(sources):
-                k = tir.let(start + pair * 2)
-                _store_pair(
-                    isa, out, pair, half, *(tir.let(float_element(stream, k + j, vector)) for j in (0, 1))
-                )
-        for pair in range(whole, (stop - start) // 2):
-            for half, (stream, vector) in enumerate(sources):
-                zero = tir.f32(0.0, TILE)
-                last = zero
-                if start + pair * 2 < spec.k:
-                    last = tir.let(float_element(stream, T.int64(spec.k - 1), vector))
-                _store_pair(isa, out, T.int64(pair), half, last, zero)
+        _fill_float_panel(sources, out, start, stop)
         return
     run, size = 4 * g.planes, spec.weight.group_size
-    with tir.loop((stop - start) // size) as group, tir.loop(size // run) as step:
+    group0 = tir.let(T.truncdiv(start, T.int64(size)))
+    with tir.loop(T.truncdiv(stop - start, T.int64(size))) as group, tir.loop(size // run) as step:
         for half, (stream, vector) in enumerate(sources):
-            values = float_weights(stream, group + start // size, step, vector)
-            first = tir.let((group * size + step * run) // 2)
+            values = float_weights(stream, tir.let(group0 + group), step, vector)
+            first = tir.let(T.truncdiv(group * size + step * run, T.int64(2)))
             for i in range(run // 2):
                 _store_pair(isa, out, first + i, half, values[2 * i], values[2 * i + 1])
+
+
+def _fill_float_panel(sources: list[tuple[Stream, int]], out: Any, start: Any, stop: Any) -> None:
+    isa, k = sources[0][0].isa, sources[0][0].spec.k
+    zero = tir.f32(0.0, TILE)
+
+    def store(pair: Any, present: int) -> None:
+        for half, (stream, vector) in enumerate(sources):
+            values = [tir.let(float_element(stream, start + pair * 2 + j, vector)) for j in range(present)]
+            _store_pair(isa, out, pair, half, *values, *[zero] * (2 - present))
+
+    whole = tir.let(T.truncdiv(T.min(stop, T.int64(k)) - start, T.int64(2)))
+    with tir.loop(whole) as pair:
+        store(pair, 2)
+    with tir.span(whole, T.truncdiv(stop - start, T.int64(2))) as pair:
+        with tir.when(start + pair * 2 < k):
+            store(pair, 1)
+        with tir.when(start + pair * 2 >= k):
+            store(pair, 0)
 
 
 def _store_pair(isa: Isa, out: Any, pair: Any, half: int, low: Any, high: Any) -> None:
@@ -196,25 +204,29 @@ def _store_pair(isa: Isa, out: Any, pair: Any, half: int, low: Any, high: Any) -
 
 
 def _multiply(
-    c: Context, t: Any, rows: Any, panel: Any, result: Any, blocks: tuple[Any, Any], sums: Any
+    c: Context, t: Any, rows: Any, panel: Any, result: Any, blocks: tuple[Any, Any], more: Any
 ) -> None:
-    """Emit: row tile `t` times the panel of `blocks` (first, count) of K, plus `sums`, to fp32 [32][32]."""
+    """Emit: row tile `t` times the panel of `blocks` (first, count) of K, to fp32 [32][32] at `result`.
+
+    Under the condition `more` the product adds to what stands there.
+    """
     for present, condition in ((2, rows > TILE), (1, rows <= TILE)):
         with tir.when(condition):
-            _multiply_tiles(c, t, panel, result, blocks, sums, present)
+            _multiply_tiles(c, t, panel, result, blocks, more, present)
 
 
 def _multiply_tiles(
-    c: Context, t: Any, panel: Any, result: Any, blocks: tuple[Any, Any], sums: Any, row_tiles: int
+    c: Context, t: Any, panel: Any, result: Any, blocks: tuple[Any, Any], more: Any, row_tiles: int
 ) -> None:
     unit, whole, (first, count) = c.isa.matrix, c.k_padded // DEPTH, blocks
     rows_at = tir.let(c.kernel["codes"] + (t * (2 * whole) + first) * TILE_BYTES)
     places = [(r, half) for r in range(row_tiles) for half in range(2)]
     for r, half in places:
-        if sums is None:
-            unit.zero(2 * r + half)
-        else:
-            unit.load(2 * r + half, sums + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
+        unit.zero(2 * r + half)
+    if more is not None:
+        with tir.when(more):
+            for r, half in places:
+                unit.load(2 * r + half, result + (r * TILE * BLOCK + half * TILE) * 4, BLOCK * 4)
     with tir.loop(c.kernel["one"] * count) as block:  # a count that LLVM cannot know is not unrolled
         right = tir.let(panel + block * (2 * TILE_BYTES))
         for half in range(2):

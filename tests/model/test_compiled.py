@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import torch
 
 import edgeformer
 from edgeformer.compiler.errors import CapacityError, UnsupportedError
+from edgeformer.compiler.target import detect
 from edgeformer.kernels.quant_matmul import CanonicalWeight, pack
 from edgeformer.model import compiled as compiled_module
 from edgeformer.model.compiled import CompiledDecoder, self_check
 from edgeformer.model.decoder import Block, Decoder
 from edgeformer.runtime.kv_cache import KVCache
+from edgeformer.runtime.program import CHUNK_ROWS, StepProgram
 
 
 def load(tiny: Any, activation: str = "float", kv: str = "fp32") -> tuple[Decoder, CompiledDecoder]:
@@ -49,7 +52,7 @@ def pair(make_gguf: Callable[..., Any]) -> tuple[Decoder, CompiledDecoder]:
 def test_every_layer_of_the_step_equals_the_eager_one(
     make_gguf: Callable[..., Any], kind: str, kv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, compiled = load(make_gguf(kind), "int8", kv)
+    decoder, compiled = load(make_gguf(kind), "auto", kv)
     assert self_check(compiled, decoder, kv) == ""
     monkeypatch.setattr(compiled_module, "_TOLERANCE", 1e-9)  # the check is able to fail
     assert "differs" in self_check(compiled, decoder, kv)
@@ -66,7 +69,7 @@ def test_self_check_finds_a_wrong_weight(make_gguf: Callable[..., Any]) -> None:
     assert "layer 1" in self_check(compiled, decoder, "bf16")
 
 
-@pytest.mark.parametrize("lengths", [(1,), (5,), (8,), (2, 1, 1, 3, 1)])
+@pytest.mark.parametrize("lengths", [(1,), (5,), (8,), (2, 1, 1, 3, 1), (9,), (61,), (33, 1, 12, 5, 40)])
 def test_steps_over_one_cache_equal_the_eager_model(
     pair: tuple[Decoder, CompiledDecoder], lengths: tuple[int, ...]
 ) -> None:
@@ -90,6 +93,67 @@ def test_ragged_batch(pair: tuple[Decoder, CompiledDecoder]) -> None:
     following = tokens(decoder, 5, 1, seed=1)
     wanted = decoder(following, eager, 13, lengths + 1)
     assert error(compiled(following, ours, 13, lengths + 1), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("most", [1024, 45])
+def test_ragged_chunks(
+    pair: tuple[Decoder, CompiledDecoder], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose rows pass in one chunk, or in several that cut the shorter rows' padding."""
+    decoder, compiled = pair
+    monkeypatch.setattr(compiled_module, "CHUNK_ROWS", most)
+    ids, lengths = tokens(decoder, 3, 40), torch.tensor([40, 7, 29], dtype=torch.int32)
+    eager, ours = new_cache(decoder, batch=3), new_cache(decoder, batch=3)
+    wanted = decoder(ids, eager, 0, lengths, last_only=False)
+    got = compiled(ids, ours, 0, lengths, last_only=False)
+    for row, length in enumerate(lengths.tolist()):
+        assert error(got[row, -length:], wanted[row, -length:]) < 1e-4
+    following = tokens(decoder, 3, 1, seed=1)
+    wanted = decoder(following, eager, 40, lengths + 1)
+    assert error(compiled(following, ours, 40, lengths + 1), wanted) < 1e-4
+
+
+def test_segments_of_a_chunk(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    """Embedding, then layer by layer: hidden states go in and out as in a step."""
+    decoder, compiled = pair
+    ids = tokens(decoder, 1, 30)
+    cos, sin = decoder.rope_rows(0, 30, None)
+    wanted = decoder(ids, new_cache(decoder), 0, last_only=False)
+    run, cache = compiled.program.run, new_cache(decoder)
+    x = run(cache, 0, cos, sin, ids=ids, count=0, head=False)
+    for layer in range(compiled.program.layers):
+        x = run(cache, 0, cos, sin, hidden=x, first=layer, count=1, head=False)
+    assert error(decoder.head(decoder.norm(x)), wanted) < 1e-4
+    embedded = decoder.embed(ids)
+    assert error(compiled(embedded, new_cache(decoder), 0, last_only=False), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "BF16"])
+def test_chunks_on_a_matrix_unit(make_gguf: Callable[..., Any], kind: str) -> None:
+    """On portable arithmetic where there is none: the chunk's bf16 program against fp32."""
+    host = detect()
+    target = host if host.isa == "amx" else host.with_isa("portable16")
+    decoder, _ = load(make_gguf(kind))
+    wanted = decoder(ids := tokens(decoder, 1, 50), new_cache(decoder), 0, last_only=False)
+    layers = [
+        {
+            "attn_norm": block.attn_norm.weight, "qkv": block.qkv.weight, "qkv_bias": block.qkv.bias,
+            "o": block.o.weight, "mlp_norm": block.mlp_norm.weight, "gate_up": block.gate_up.weight,
+            "down": block.down.weight,
+        }
+        for block in decoder.layers
+        if isinstance(block, Block)
+    ]  # fmt: skip
+    if target.isa != host.isa:  # 8-bit codes lie otherwise there
+        move = lambda w: pack(w.unpack(), target, w.pair) if hasattr(w, "unpack") else w  # noqa: E731
+        layers = [{name: move(w) for name, w in layer.items()} for layer in layers]
+    table = pack(decoder.embed.weight.unpack(), target)
+    spec = dataclasses.replace(compiled_module.step_spec(decoder, "bf16"), embed_layout=table.layout)
+    rounded = dataclasses.replace(spec, activation="bfloat16", math="bfloat16")
+    program = StepProgram(spec, target, layers, table, table, decoder.norm.weight, chunk_spec=rounded)
+    cos, sin = decoder.rope_rows(0, 50, None)
+    x = program.run(new_cache(decoder, "bf16"), 0, cos, sin, ids=ids, head=False)
+    assert 1e-6 < error(decoder.head(decoder.norm(x)), wanted) < 0.02  # bf16 rounds to 2**-9
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 8])
@@ -174,8 +238,11 @@ def test_embeddings_as_input(pair: tuple[Decoder, CompiledDecoder]) -> None:
 def test_what_does_not_fit_is_refused(pair: tuple[Decoder, CompiledDecoder]) -> None:
     decoder, compiled = pair
     cos, sin = decoder.rope_rows(0, 9, None)
-    with pytest.raises(CapacityError, match="8 rows"):
+    with pytest.raises(CapacityError, match="with a head takes up to 8 rows"):
         compiled.program.run(new_cache(decoder), 0, cos, sin, ids=tokens(decoder, 1, 9))
+    ids = tokens(decoder, CHUNK_ROWS + 1, 1)
+    with pytest.raises(CapacityError, match=f"up to {CHUNK_ROWS} rows"):
+        compiled.program.run(new_cache(decoder), 0, cos, sin, ids=ids, head=False)
     with pytest.raises(CapacityError, match="do not fit"):
         compiled.program.run(new_cache(decoder), decoder.context, cos, sin, ids=tokens(decoder, 1, 1))
     with pytest.raises(UnsupportedError, match="no handle"):
