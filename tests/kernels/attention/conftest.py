@@ -107,13 +107,13 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def check(problem: Problem, call: Callable[..., Any]) -> None:
-    """Compare a bound form with the reference."""
+    """Compare a bound form with the reference. The kernels' 2**x for bf16 math is good to 8e-5."""
     out, lse = problem.run(call)
     expected, expected_lse = problem.expected()
     assert_close(out, expected, problem.spec.tolerance)
     if problem.spec.lse:
         assert lse is not None
-        assert_close(lse, expected_lse, 1e-5)
+        assert_close(lse, expected_lse, 1e-5 if problem.spec.math == "float32" else 2e-4)
 
 
 @pytest.fixture
