@@ -14,6 +14,7 @@ from edgeformer.compiler.operator import Declined
 from edgeformer.compiler.target import ISA_FEATURES, Target, detect, known_targets
 from edgeformer.kernels.attention import TVM_CPU, AttentionSpec
 from edgeformer.kernels.attention import bind as bind_module
+from edgeformer.kernels.attention.space import fastest_math
 from edgeformer.kernels.attention.spec import KV_TYPES, MASKS
 from edgeformer.kernels.shared.isa.table import MATRIX
 
@@ -248,6 +249,15 @@ def test_scratch_is_as_large_as_what_is_used(
         check(make_problem(spec, 1, tq, tk), call)
         assert len(held) == 2
         assert all((part == 0xA5).all() for part in held), "written outside of the scratch memory"
+
+
+def test_auto_is_bf16_for_many_queries_on_a_matrix_unit_and_no_less_exact_than_the_cache() -> None:
+    for target in [Target.parse(name) for name in known_targets()] + [detect().with_isa("portable16")]:
+        for kv_dtype in KV_TYPES:
+            exact = target.isa != "amx" or kv_dtype in ("float32", "float16")
+            many = "float32" if exact else "bfloat16"
+            assert [fastest_math(tq, kv_dtype, target) for tq in (1, 8)] == ["float32"] * 2
+            assert [fastest_math(tq, kv_dtype, target) for tq in (9, 513)] == [many] * 2
 
 
 def test_declines_with_a_reason() -> None:

@@ -22,6 +22,7 @@ from edgeformer.kernels.quant_matmul import (
 )
 from edgeformer.kernels.quant_matmul.reference import quant_matmul as reference
 from edgeformer.kernels.quant_matmul.reference import quantize_activations
+from edgeformer.kernels.quant_matmul.space import fastest_activation
 from edgeformer.runtime import launch
 
 from .conftest import (
@@ -218,6 +219,15 @@ def test_space_starts_with_a_member_that_names_every_axis(name: str) -> None:
     found = TVM_CPU.space(PLAIN["int4"], Target.parse(name))
     assert set(found[0]) == {"small_rows", "large_rows", "prefetch", "prefetch_locality", "gemm_from"}
     assert len({tuple(c.items()) for c in found}) == len(found)
+
+
+def test_auto_is_bf16_for_many_rows_on_a_matrix_unit_and_no_less_exact_than_the_weight() -> None:
+    """Weights of more significant bits than bf16 has keep float activations everywhere."""
+    for target in [Target.parse(name) for name in known_targets()] + [detect().with_isa("portable16")]:
+        for name, (fmt, _, _) in FORMATS.items():
+            few = "float" if fmt.is_float else "int8"
+            many = "bfloat16" if target.isa == "amx" and name not in ("float16", "float32") else few
+            assert [fastest_activation(m, fmt, target) for m in (0, 1, 8, 9, 4096)] == [few] * 3 + [many] * 2
 
 
 def test_the_form_declines_with_a_reason() -> None:
