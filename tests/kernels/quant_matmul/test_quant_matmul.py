@@ -61,7 +61,9 @@ def covering() -> Iterator[Any]:
     for (a, (isa, acts)), (b, fmt) in itertools.product(enumerate(compositions), enumerate(FORMATS)):
         act = acts[(a + b) % len(acts)]
         spec = make_spec(fmt, act, DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % 5])
-        yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
+        again = act == "bfloat16" and isa != UNITS[0] and b % 2 == 0
+        name = f"{isa}-{spec.key().replace(' ', '-')}"
+        yield pytest.param(isa, spec, marks=[pytest.mark.slow] * again, id=name)
 
 
 def product() -> Iterator[Any]:
