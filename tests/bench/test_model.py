@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -18,6 +19,8 @@ from edgeformer.bench.probes import Limits
 from edgeformer.bench.table import render
 from edgeformer.bench.work import Test, Work, fractions, work_of_file
 from edgeformer.compiler.errors import EdgeFormerError, UnsupportedError
+from edgeformer.compiler.target import detect
+from edgeformer.kernels.shared.isa.table import MATRIX
 
 WORK = Work(
     weight_bytes=10**9,
@@ -104,6 +107,7 @@ def test_rows_have_the_median_the_spread_and_where_they_come_from(pretend: Any):
     bytes_a_step = 10**9 + 1000 * 60.5
     assert ours["limit_fraction"] == pytest.approx(40 * bytes_a_step / 5e10, rel=1e-3)
     assert ours["limits"]["rounds"] == 3
+    assert ours["limits"]["matrix_peak"] is None
     needed = {"schema_version", "run_id", "model", "size", "threads", "versions", "device", "options"}
     assert needed <= ours.keys()
     assert len({r["run_id"] for r in rows}) == 1
@@ -146,6 +150,26 @@ def test_fractions_of_prefill_and_batches():
     assert four.limit == pytest.approx(40 * (10**9 + 4 * 1000 * 1000) / 5e10)
 
 
+def test_a_matrix_unit_raises_the_limit_of_prefill_only():
+    test, seconds = Test("pp", 512), 512 / 500
+    linear, attention = WORK.linear_operations(test), WORK.attention_operations(test)
+    fast = dataclasses.replace(LIMITS, matrix_peak=8e12)
+    found = fractions(test, 500.0, WORK, fast, l3_bytes=0)
+    assert found.limit == pytest.approx(linear / 8e12 / seconds)
+    assert found.with_attention == pytest.approx((linear + attention) / 8e12 / seconds)
+    assert "bf16 matrix peak" in found.why
+    # A unit between the two: slower than int8 dot products, faster than fp32 vectors.
+    found = fractions(test, 500.0, WORK, dataclasses.replace(LIMITS, matrix_peak=1e12), l3_bytes=0)
+    assert found.limit == pytest.approx(linear / 2e12 / seconds)
+    assert found.with_attention == pytest.approx((linear / 2e12 + attention / 1e12) / seconds)
+    assert "int8 dot peak" in found.why
+    without = fractions(test, 500.0, WORK, LIMITS, l3_bytes=0)
+    assert without == fractions(test, 500.0, WORK, dataclasses.replace(LIMITS, matrix_peak=None), 0)
+    assert "int8 dot peak" in without.why
+    decode = Test("tg", 99, 950, 4)
+    assert fractions(decode, 160.0, WORK, fast, 0) == fractions(decode, 160.0, WORK, LIMITS, 0)
+
+
 def test_no_limit_is_claimed_where_none_is_known():
     unknown = Limits(threads=2, read_bandwidth=5e10, int8_peak=None, float_peak=None)
     assert fractions(Test("pp", 512), 500.0, WORK, unknown, l3_bytes=0).limit is None
@@ -155,9 +179,12 @@ def test_no_limit_is_claimed_where_none_is_known():
 
 
 def test_limits_keep_the_best_of_every_round():
-    first = Limits(2, 4e10, None, 1.0, probes={"torch_sum": 4e10})
-    second = Limits(2, 3e10, 5.0, None, probes={"torch_sum": 3e10, "int8_dot_peak": 5.0})
+    first = Limits(2, 4e10, None, 1.0, 7.0, probes={"torch_sum": 4e10})
+    second = Limits(2, 3e10, 5.0, None, 9.0, probes={"torch_sum": 3e10, "int8_dot_peak": 5.0})
     best = first.best(second)
+    assert best.matrix_peak == second.best(first).matrix_peak == 9.0
+    none = dataclasses.replace(first, matrix_peak=None)
+    assert none.best(second).matrix_peak == 9.0 and none.best(none).matrix_peak is None
     assert (best.read_bandwidth, best.int8_peak, best.float_peak, best.rounds) == (4e10, 5.0, 1.0, 2)
     assert best.probes == {"torch_sum": 4e10, "int8_dot_peak": 5.0}
 
@@ -166,6 +193,9 @@ def test_probes_run():
     limits = probes.measure_limits(threads=1, probe_bytes=1 << 20, repeats=1)
     assert limits.read_bandwidth > 0
     assert {"torch_sum", "copy_twice"} <= limits.probes.keys()
+    assert limits.matrix_peak == limits.probes.get("matrix_peak")
+    if "read_bandwidth" in limits.probes:  # the compiled probes were built
+        assert (limits.matrix_peak is not None) == (detect().isa in MATRIX)
 
 
 @pytest.mark.parametrize(

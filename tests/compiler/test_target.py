@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +21,7 @@ from edgeformer.compiler.target import (
     known_targets,
 )
 
+AMX_FEATURES = {"amx_tile", "amx_int8", "amx_bf16"}
 IMPOSSIBLE = dataclasses.replace(detect(), name="imaginary", features=detect().features | {"teleport"})
 
 
@@ -26,6 +29,7 @@ def test_parse_returns_names_targets_and_the_host() -> None:
     znver5 = Target.parse("znver5")
     assert znver5.isa == "avx512_vnni" and Target.parse(znver5) is znver5
     assert Target.parse("auto") is detect() and Target.parse("host") is detect()
+    assert Target.parse("sapphirerapids").isa == "amx"
     assert Target.parse("x86-64-v3").isa == "avx2" and Target.parse("x86-64-v2").isa == "portable"
 
 
@@ -69,6 +73,72 @@ def test_detected_target_is_complete() -> None:
     assert host.features and host.mcpu and host.cores >= 1
     assert host.isa in {name for name, _ in ISA_FEATURES}
     assert host.l1d >= 4 << 10 and host.l2 >= host.l1d
+
+
+def features_of(name: str) -> frozenset[str]:
+    return Target.parse(name).features
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "refused", "want"),
+    [
+        ("sapphirerapids", features_of("sapphirerapids"), "", ("host-sapphirerapids", "amx")),
+        ("granite_rapids", features_of("sapphirerapids"), "", ("host-granite_rapids", "amx")),
+        ("sapphirerapids", features_of("sapphirerapids"), "no", ("host-sapphirerapids", "avx512_vnni")),
+        # A virtual machine that hides a feature: archspec names an older CPU, with that one's features.
+        ("icelake", features_of("icelake-server"), "", ("host-sapphirerapids", "amx")),
+        ("icelake", features_of("icelake-server"), "no", ("host-icelake", "avx512_vnni")),
+    ],
+)
+def test_amx_is_taken_only_where_the_kernel_grants_it(
+    name: str, features: frozenset[str], refused: str, want: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import archspec.cpu
+
+    seen = SimpleNamespace(name=name, features=features_of("sapphirerapids"), ancestors=[])
+    host = SimpleNamespace(name=name, features=features, ancestors=[])
+    monkeypatch.setattr(archspec.cpu, "host", lambda: host)
+    monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: seen)
+    monkeypatch.setattr(target_module, "amx_refused", lambda: refused)
+    found = detect.__wrapped__()
+    assert (found.name, found.isa) == want
+    amx = {feature for feature in found.features if feature.startswith("amx")}
+    assert amx == (set() if refused else AMX_FEATURES)
+    assert features_of("sapphirerapids") - found.features == (AMX_FEATURES if refused else set())
+
+
+def test_the_kernel_is_not_asked_for_tiles_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import archspec.cpu
+
+    def asked() -> str:
+        raise AssertionError("asked for tile registers")
+
+    host = SimpleNamespace(name="zen5", features=features_of("znver5"), ancestors=[])
+    monkeypatch.setattr(archspec.cpu, "host", lambda: host)
+    monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: host)
+    monkeypatch.setattr(target_module, "amx_refused", asked)
+    assert detect.__wrapped__().isa == "avx512_vnni"
+
+
+def test_a_refusal_of_tiles_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    calls: list[tuple[int, ...]] = []
+
+    def syscall(*arguments: int) -> int:
+        calls.append(arguments)
+        return answers.pop()
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=syscall))
+    monkeypatch.setattr(ctypes, "get_errno", lambda: 95)
+    answers = [-1, 0]
+    assert target_module.amx_refused.__wrapped__() == ""
+    assert "refuses tile registers: " + os.strerror(95) in target_module.amx_refused.__wrapped__()
+    assert set(calls) == {(158, 0x1023, 18)}  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "Linux only" in target_module.amx_refused.__wrapped__()
+    assert len(calls) == 2
 
 
 def test_cores_respect_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:

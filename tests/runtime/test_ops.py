@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 from edgeformer.compiler.errors import DeclinedError, UnsupportedError
 from edgeformer.compiler.target import detect
+from edgeformer.kernels.attention.space import fastest_math
 from edgeformer.kernels.quant_matmul import CanonicalWeight, PackedWeight, WeightFormat, pack
+from edgeformer.kernels.quant_matmul.space import fastest_activation
 from edgeformer.runtime import dispatch, ops
+from edgeformer.runtime.kv_cache import KVCache
 
 N, K = 40, 70
 FORMS = ["tvm_cpu", "reference"]
@@ -158,6 +163,65 @@ def test_float_weights_ignore_the_activation_type() -> None:
     x = torch.randn(3, K)
     for activation in ("int8", "float"):
         assert relative(ops.quant_matmul(x, packed, activation=activation), x @ canonical.codes.T) < 1e-5
+
+
+AUTO_FORMATS = [WeightFormat.int4(), WeightFormat.float("bfloat16"), WeightFormat.float("float16")]
+
+
+@pytest.mark.parametrize("fmt", AUTO_FORMATS, ids=WeightFormat.key)
+@pytest.mark.parametrize("lead", [(0,), (8,), (2, 4), (9,), (3, 3)])
+def test_auto_is_the_fastest_for_all_leading_dimensions(fmt: WeightFormat, lead: tuple[int, ...]) -> None:
+    canonical, packed = weight_of(fmt)
+    x, residual = torch.randn(*lead, K), torch.randn(*lead, N)
+    chosen = fastest_activation(math.prod(lead), fmt, dispatch.current_target())
+    got = ops.quant_matmul(x, packed, residual=residual, activation="auto")
+    assert torch.equal(got, ops.quant_matmul(x, packed, residual=residual, activation=chosen))
+    if chosen == "bfloat16" and math.prod(lead):
+        exact = x.bfloat16().double() @ canonical.dequantize().bfloat16().double().T + residual
+        assert relative(got, exact) < 1e-5
+        assert any(" bfloat16 " in d["spec"] for d in ops.describe_bound() if d["form"] == "tvm_cpu")
+
+
+def test_auto_asks_for_the_target_in_use(monkeypatch: pytest.MonkeyPatch, int4: PackedWeight) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def fastest(*arguments: Any) -> str:
+        asked.append(arguments)
+        return "float"
+
+    monkeypatch.setattr(ops, "fastest_activation", fastest)
+    x = torch.randn(2, 3, K)
+    want = ops.quant_matmul(x, int4, activation="float")
+    assert not asked
+    assert torch.equal(ops.quant_matmul(x, int4, activation="auto"), want)
+    got = ops.quant_matmul(x.clone().requires_grad_(), int4, activation="auto")
+    assert torch.equal(got.detach(), want)
+    assert asked == [(6, int4.format, dispatch.current_target())] * 2
+
+
+def test_bf16_activations_without_a_matrix_unit_take_the_reference(int4: PackedWeight) -> None:
+    x = torch.randn(20, K)
+    dispatch.use_target(detect().with_isa("portable"))
+    packed = pack(int4.unpack(), dispatch.current_target())
+    want = ops.quant_matmul(x, packed, activation="bfloat16", form="reference")
+    assert torch.equal(ops.quant_matmul(x, packed, activation="bfloat16"), want)
+    assert relative(want, x.bfloat16().float() @ int4.unpack().dequantize().bfloat16().float().T) < 1e-5
+    with pytest.raises(DeclinedError, match="portable has no bf16 matrix unit"):
+        ops.quant_matmul(x, packed, activation="bfloat16", form="tvm_cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_the_math_of_auto_is_the_fastest_for_the_queries_and_the_cache(dtype: str, tokens: int) -> None:
+    cache = KVCache(1, 1, 2, 16, 40, dtype)
+    layer, q = cache.layer(0), torch.randn(1, 4, tokens, 16)
+    layer.append(torch.randn(1, 2, 20 + tokens, 16), torch.randn(1, 2, 20 + tokens, 16), 0)
+    chosen = fastest_math(tokens, layer.dtype, dispatch.current_target())
+    got = ops.attention_cached(q, layer, 20, math="auto")
+    assert torch.equal(got, ops.attention_cached(q, layer, 20, math=chosen))
+    exact = ops.attention_cached(q, layer, 20, form="reference")
+    assert relative(got, exact) < (1e-5 if chosen == "float32" else 1e-2)
+    assert torch.equal(got, ops.attention_cached(q, layer, 20)) == (chosen == "float32")
 
 
 @pytest.mark.parametrize(

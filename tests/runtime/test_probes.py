@@ -9,8 +9,16 @@ import torch
 
 from edgeformer.compiler.target import detect
 from edgeformer.kernels.probe import TVM_CPU, ProbeSpec
-from edgeformer.kernels.probe.operations import L1_STEPS, LINE_BYTES, TILE_ROWS, TILE_VECTORS
-from edgeformer.kernels.shared.isa.table import by_name
+from edgeformer.kernels.probe.operations import (
+    L1_STEPS,
+    LINE_BYTES,
+    MATRIX_STEPS,
+    TILE_ROWS,
+    TILE_STATE_BYTES,
+    TILE_VECTORS,
+    matrix_operations,
+)
+from edgeformer.kernels.shared.isa.table import MATRIX, by_name
 from edgeformer.runtime import launch, probes
 
 ISAS = [detect().isa, "portable"]
@@ -49,11 +57,24 @@ def test_dot_and_multiply_add_do_the_operations_that_are_counted(isa: str) -> No
     assert result[:lanes].tolist() == [3.0 * tile] * lanes
 
 
+@pytest.mark.parametrize("isa", sorted({detect().isa, "portable16"} & MATRIX))
+def test_the_matrix_unit_does_the_operations_that_are_counted(isa: str) -> None:
+    threads, rounds = 2, 3
+    data = torch.ones(MATRIX_STEPS * 2048 + threads * TILE_STATE_BYTES // 2, dtype=torch.bfloat16)
+    out = torch.full((threads, 4, 16, 16), torch.nan)
+    library(isa).function("matrix")(threads, rounds, data.data_ptr(), out.data_ptr())
+    total = threads * matrix_operations(rounds)
+    assert out.double().sum().item() * 2 == total  # every product of ones is a multiplication and an addition
+    assert (out == rounds * MATRIX_STEPS * 32).all()
+
+
 def test_probes_return_rates() -> None:
     before = torch.get_num_threads()
     try:
         for rate in (probes.read_bandwidth(1, 8, 1), probes.int8_dot_peak(1, 1), probes.float_dot_peak(1, 1)):
             assert math.isfinite(rate)
             assert rate > 1e6
+        peak = probes.matrix_peak(1, 1)
+        assert (peak is not None and peak > 1e6) if detect().isa in MATRIX else peak is None
     finally:
         torch.set_num_threads(before)

@@ -39,12 +39,12 @@ def zero(tile: int) -> None:
 
 
 def load(tile: int, address: Any, stride: int = _BYTES, passing: bool = False) -> None:
-    """Load 16 rows of 64 bytes, `stride` bytes apart; what is `passing` by leaves L1 to what stays."""
+    """Load 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart; what is `passing` by leaves L1 to what stays."""
     _call("tileloaddt164" if passing else "tileloadd64", T.int8(tile), _pointer(address), T.int64(stride))
 
 
 def store(tile: int, address: Any, stride: int = _BYTES) -> None:
-    """Store 16 rows of 64 bytes, `stride` bytes apart."""
+    """Store 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart."""
     _call("tilestored64", T.int8(tile), _pointer(address), T.int64(stride))
 
 

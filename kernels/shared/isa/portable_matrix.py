@@ -29,14 +29,14 @@ def zero(tile: int) -> None:
 
 
 def load(tile: int, address: Any, stride: int = 64, passing: bool = False) -> None:
-    """Load 16 rows of 64 bytes, `stride` bytes apart."""
+    """Load 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart."""
     words = tir.buffer_at(address, "int32", align=2)
     with tir.loop(16) as row:
         tir.store(_words(tile, "int32"), row * 16, tir.load(words, row * (stride // 4), 16))
 
 
 def store(tile: int, address: Any, stride: int = 64) -> None:
-    """Store 16 rows of 64 bytes, `stride` bytes apart."""
+    """Store 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart."""
     words = tir.buffer_at(address, "int32")
     with tir.loop(16) as row:
         tir.store(words, row * (stride // 4), tir.load(_words(tile, "int32"), row * 16, 16))

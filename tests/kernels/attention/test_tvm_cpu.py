@@ -15,7 +15,8 @@ from edgeformer.compiler.operator import Declined
 from edgeformer.compiler.target import Target, detect
 from edgeformer.kernels.attention import TVM_CPU, AttentionSpec
 
-from .conftest import GuardedMemory, assert_close, bound, check, make_problem
+from ..conftest import GuardedMemory
+from .conftest import assert_close, bound, check, make_problem
 
 # (batch, Tq, Tk): decode and prefill, lengths 1 and 513, more queries than keys.
 SHAPES = [(1, 1, 1), (1, 1, 513), (2, 2, 5), (5, 3, 70), (2, 5, 513)]
@@ -130,15 +131,15 @@ def test_large_scores_and_rows_that_see_nothing() -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS[5], SPECS[7], SPECS[9]], ids=lambda s: s.key())
-def test_nothing_past_the_end_is_read(spec: AttentionSpec, guarded: GuardedMemory) -> None:
+def test_nothing_past_the_end_is_read(spec: AttentionSpec, guarded_memory: GuardedMemory) -> None:
     call = bound(spec)
     for tq, tk in ((1, 1), (1, 131), (3, 67), (19, 35), (20, 129)):
         problem = make_problem(spec, 1, tq, tk)
         inputs = (problem.q, problem.k, problem.v)
-        problem.q, problem.k, problem.v = (guarded.copy(x.contiguous()) for x in inputs)
+        problem.q, problem.k, problem.v = (guarded_memory.copy(x.contiguous()) for x in inputs)
         for name in ("k_scale", "v_scale", "bias", "lengths"):
             if name in problem.options:
-                problem.options[name] = guarded.copy(problem.options[name].contiguous())
+                problem.options[name] = guarded_memory.copy(problem.options[name].contiguous())
         check(problem, call)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,8 @@ FORMATS = {
 }
 
 
-def assembly(target: Target, weight: WeightFormat, function: str) -> str:
-    spec = QuantMatmulSpec(3072, 576, weight)
+def assembly(target: Target, weight: WeightFormat, function: str, **options: Any) -> str:
+    spec = QuantMatmulSpec(**{"n": 3072, "k": 576, "weight": weight} | options)
     assert TVM_CPU.lower is not None
     functions = TVM_CPU.lower(spec, TVM_CPU.space(spec, target)[0], target)
     chosen = [f for f in functions if str(f.attrs["global_symbol"]) == function]
@@ -60,7 +61,7 @@ def test_hot_loop(target: str, fmt: str, function: str, request: pytest.FixtureR
         reason = "known flaw: AVX2's small-M block keeps vectors on the stack"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     mnemonic = dot_instruction(target, fmt, function)
-    dots = lambda block: sum(mnemonic in line for line in block)  # noqa: E731
+    dots = lambda block: count(block, mnemonic)  # noqa: E731
     found, loops = blocks(assembly(Target.parse(target), FORMATS[fmt], function))
     stepping = [block for block in loops if dots(block) >= 8]
     # A loop over the steps of a group must not touch the stack. Where a whole group is one line of code
@@ -71,3 +72,23 @@ def test_hot_loop(target: str, fmt: str, function: str, request: pytest.FixtureR
     stack = [line for line in hot if "(%rsp" in line]
     few = len(hot) // 16 if function == "gemv" else 0
     assert len(stack) <= few, f"{len(stack)} of {len(hot)} instructions use the stack: {stack[:4]}"
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 4096}, {"epilogue": "silu_pair"}], ids=str)
+@pytest.mark.parametrize("fmt", ["int4", "bfloat16"])
+def test_matrix_unit_loop(fmt: str, options: dict[str, Any]) -> None:
+    """Four products a step on four loads (two on three for the last 16 rows), no vector or tile saved."""
+    weight = FORMATS.get(fmt) or WeightFormat.float(fmt)
+    text = assembly(Target.parse("sapphirerapids"), weight, "gemm", activation="bfloat16", **options)
+    found, loops = blocks(text)
+    hot = [loop for loop in loops if count(loop, "tdpbf16ps")]
+    assert sum(count(b, "tdpbf16ps") for b in found) == sum(count(b, "tdpbf16ps") for b in hot)
+    assert {count(loop, "tileloadd") / count(loop, "tdpbf16ps") for loop in hot} == {1, 3 / 2}
+    for loop in hot:
+        assert not any(re.search(r"[xyz]mm|call|tile.*%rsp", line) for line in loop), "\n".join(loop)
+    for once in ("ldtilecfg", "tilerelease"):
+        assert sum(count(block, once) for block in found) == 1
+
+
+def count(block: list[str], mnemonic: str) -> int:
+    return sum(mnemonic in line for line in block)

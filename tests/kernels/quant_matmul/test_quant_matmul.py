@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from edgeformer.compiler.operator import Declined
-from edgeformer.compiler.target import ISA_FEATURES, Target, detect
+from edgeformer.compiler.target import Target, detect, known_targets
 from edgeformer.kernels.quant_matmul import (
     OPERATOR,
     TVM_CPU,
@@ -23,24 +22,22 @@ from edgeformer.kernels.quant_matmul import (
 )
 from edgeformer.kernels.quant_matmul.reference import quant_matmul as reference
 from edgeformer.kernels.quant_matmul.reference import quantize_activations
-from edgeformer.kernels.shared import scratch
+from edgeformer.kernels.quant_matmul.space import fastest_activation
 from edgeformer.runtime import launch
 
-HERE = [*(name for name, needed in ISA_FEATURES if needed <= detect().features), "portable16"]
-FORMATS = {
-    "int4": (WeightFormat.int4(), 100, 96),
-    "int4-integer-64": (WeightFormat.int4(64, "integer"), 66, 130),
-    "int4-minimum-128": (WeightFormat.int4(128, "minimum"), 98, 300),
-    "int4-minimum": (WeightFormat.int4(zero="minimum"), 64, 70),
-    "int4-128": (WeightFormat.int4(128), 34, 257),
-    "int8": (WeightFormat.int8(), 90, 100),
-    "int8-128": (WeightFormat.int8(128), 70, 140),
-    "int8-constant-64": (WeightFormat.int8(64, "constant"), 36, 65),
-    "int2": (WeightFormat("int", 2, 64, "float16", "constant"), 40, 192),
-    "bfloat16": (WeightFormat.float("bfloat16"), 70, 99),
-    "float16": (WeightFormat.float("float16"), 36, 45),
-    "float32": (WeightFormat.float("float32"), 98, 64),
-}
+from .conftest import (
+    FORMATS,
+    HERE,
+    UNITS,
+    Guarded,
+    assert_rows_close,
+    bound,
+    compare,
+    extreme_weight,
+    inputs,
+    random_weight,
+)
+
 EPILOGUES = [  # epilogue, bias, residual
     ("none", False, False),
     ("none", True, False),
@@ -50,11 +47,6 @@ EPILOGUES = [  # epilogue, bias, residual
 ]
 DTYPES = ["float32", "bfloat16", "float16"]
 ACTIVATIONS = ["int8", "int8", "float"]
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2**-8 + 1e-5,
-    torch.float16: 2**-11 + 1e-5,
-}  # half a unit of y
 ROWS = (1, 2, 3, 5, 17, 130)
 
 
@@ -65,104 +57,23 @@ def make_spec(fmt: str, activation: str, dtype: str, epilogue: tuple[str, bool, 
 
 def covering() -> Iterator[Any]:
     """Every format on every composition; the other options turn, so that all pairs of options occur."""
-    for i, (isa, fmt) in enumerate(itertools.product(HERE, FORMATS)):
-        a, b = divmod(i, len(FORMATS))
-        spec = make_spec(fmt, ACTIVATIONS[(a + b) % 3], DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % 5])
-        yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
+    compositions = [(isa, ACTIVATIONS) for isa in HERE] + [(isa, ["bfloat16"]) for isa in UNITS]
+    for (a, (isa, acts)), (b, fmt) in itertools.product(enumerate(compositions), enumerate(FORMATS)):
+        act = acts[(a + b) % len(acts)]
+        spec = make_spec(fmt, act, DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % 5])
+        again = act == "bfloat16" and isa != UNITS[0] and b % 2 == 0
+        name = f"{isa}-{spec.key().replace(' ', '-')}"
+        yield pytest.param(isa, spec, marks=[pytest.mark.slow] * again, id=name)
 
 
 def product() -> Iterator[Any]:
     """The whole product of options, without what the kernels do not tell apart."""
     for isa, fmt, act, dtype, epilogue in itertools.product(
-        HERE, FORMATS, ("int8", "float"), DTYPES, EPILOGUES
+        HERE, FORMATS, ("int8", "bfloat16", "float"), DTYPES, EPILOGUES
     ):
-        if not (FORMATS[fmt][0].is_float and act == "int8"):
+        if not (FORMATS[fmt][0].is_float and act == "int8") and (act != "bfloat16" or isa in UNITS):
             spec = make_spec(fmt, act, dtype, epilogue)
             yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
-
-
-@functools.cache
-def bound(isa: str, spec: QuantMatmulSpec) -> Callable[..., torch.Tensor]:
-    target = detect().with_isa(isa)
-    return launch.bind(OPERATOR, TVM_CPU, spec, TVM_CPU.space(spec, target)[0], target)
-
-
-def random_weight(spec: QuantMatmulSpec) -> CanonicalWeight:
-    return CanonicalWeight.from_float(torch.randn(spec.n, spec.k), spec.weight)
-
-
-def extreme_weight(spec: QuantMatmulSpec) -> CanonicalWeight:
-    """Codes at the ends of their range only."""
-    weight = random_weight(spec)
-    ends = (-128, 127) if spec.weight.zero == "none" else (0, (1 << spec.weight.bits) - 1)
-    ends = tuple(torch.tensor(end, dtype=weight.codes.dtype) for end in ends)
-    codes = torch.where(torch.rand(spec.n, spec.k) < 0.5, *ends)
-    codes[0], codes[1] = ends
-    return dataclasses.replace(weight, codes=codes)
-
-
-def inputs(spec: QuantMatmulSpec, m: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    dtype = getattr(torch, spec.x_dtype)
-    x = torch.randn(m, spec.k).to(dtype)
-    bias = torch.randn(spec.n) if spec.bias else None
-    return x, bias, torch.randn(m, spec.n_out).to(dtype) if spec.residual else None
-
-
-class Guarded:
-    """Outputs and scratch start as NaN; each output lies between canaries."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._empty, self._raw = torch.empty, []
-        monkeypatch.setattr(torch, "empty", self._make)
-
-    def _make(self, *shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if dtype == torch.uint8:  # scratch: 0xff bytes are NaN in every float type
-            return self._empty(*shape, dtype=dtype).fill_(255)
-        size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
-        raw = self._empty(size.numel() + 256, dtype=dtype).fill_(torch.nan)
-        self._raw.append(raw)
-        return raw[128 : 128 + size.numel()].view(size)
-
-    def prepare(self) -> None:
-        """Poison what an earlier call left in the scratch memory."""
-        held = getattr(scratch._local, "buffer", None)
-        if held is not None:
-            held.fill_(255)
-
-    def check(self) -> None:
-        for raw in self._raw:
-            assert raw[:128].isnan().all() and raw[-128:].isnan().all(), "written outside of the output"
-        self._raw.clear()
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
-    return Guarded(monkeypatch)
-
-
-def assert_rows_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Compare y in any type with an fp32 reference, row by row."""
-    assert got.shape == want.shape
-    a, b = got.double(), want.double()
-    error = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-30)
-    assert (error <= TOLERANCE[got.dtype]).all(), (
-        f"relative error {error.max():.2e} in row {int(error.argmax())}"
-    )
-
-
-def compare(
-    isa: str, spec: QuantMatmulSpec, weight: CanonicalWeight, rows: tuple[int, ...], guarded: Guarded
-) -> None:
-    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
-    for m in rows:
-        x, bias, residual = inputs(spec, m)
-        guarded.prepare()
-        got = call(x, packed, bias, residual)
-        guarded.check()
-        assert got.dtype == x.dtype
-        assert_rows_close(
-            got, reference(spec, x.float(), weight, bias, None if residual is None else residual.float())
-        )
 
 
 @pytest.mark.parametrize(("isa", "spec"), list(covering()))
@@ -186,23 +97,24 @@ PLAIN = {
     "int4": make_spec("int4", "int8", "float32", ("none", False, False)),
     "int8": make_spec("int8", "int8", "float32", ("none", False, False)),
     "bfloat16": make_spec("bfloat16", "float", "float32", ("none", False, False)),
+    "int4-unit": make_spec("int4", "bfloat16", "float32", ("none", False, False)),
+    "bfloat16-unit": make_spec("bfloat16", "bfloat16", "float32", ("none", False, False)),
 }
-plain = pytest.mark.parametrize("name", PLAIN)
-everywhere = pytest.mark.parametrize("isa", HERE)
+everywhere = pytest.mark.parametrize(
+    ("isa", "name"), [(i, n) for n in PLAIN for i in (UNITS if PLAIN[n].activation == "bfloat16" else HERE)]
+)
 
 
 @everywhere
-@plain
 def test_many_rows_and_both_sides_of_each_switch(isa: str, name: str, guarded: Guarded) -> None:
     compare(isa, PLAIN[name], random_weight(PLAIN[name]), (4, 15, 16, 513), guarded)
 
 
 @everywhere
-@plain
 def test_integers_are_exact(isa: str, name: str) -> None:
     """Whole numbers come out without any error: the sums of a group never saturate."""
     spec = PLAIN[name]
-    weight = extreme_weight(spec) if name != "bfloat16" else random_weight(spec)
+    weight = random_weight(spec) if spec.weight.is_float else extreme_weight(spec)
     if weight.scale is not None:
         weight = dataclasses.replace(weight, scale=torch.ones_like(weight.scale))
     else:
@@ -218,7 +130,6 @@ def test_integers_are_exact(isa: str, name: str) -> None:
 
 
 @everywhere
-@plain
 @pytest.mark.parametrize("m", [1, 5, 20])
 def test_nan_and_inf_stay_in_their_rows(isa: str, name: str, m: int) -> None:
     spec = PLAIN[name]
@@ -233,12 +144,13 @@ def test_nan_and_inf_stay_in_their_rows(isa: str, name: str, m: int) -> None:
             got = call(bad, packed, None, None)
             others = torch.arange(m) != m // 2
             assert torch.equal(got[others], clean[others])
-            assert not got[m // 2].isfinite().any() and (got[m // 2].isnan().all() or name == "bfloat16")
+            assert not got[m // 2].isfinite().any() and (
+                got[m // 2].isnan().all() or spec.activation != "int8"
+            )
             assert torch.equal(got.isnan(), reference(spec, bad, weight).isnan())
 
 
 @everywhere
-@plain
 def test_zero_and_tiny_rows(isa: str, name: str) -> None:
     spec = PLAIN[name]
     packed = pack(random_weight(spec), detect().with_isa(isa))
@@ -250,7 +162,6 @@ def test_zero_and_tiny_rows(isa: str, name: str) -> None:
 
 
 @everywhere
-@plain
 def test_misaligned_memory(isa: str, name: str) -> None:
     """Views that start anywhere: the kernels assume no more than an element's alignment."""
     spec = PLAIN[name]
@@ -272,15 +183,16 @@ def tuple_of(packed: Any) -> tuple[WeightFormat, int, int, str]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_any_number_of_threads(count: int) -> None:
+@pytest.mark.parametrize(("isa", "name"), [(HERE[0], "int4"), (UNITS[0], "int4-unit")])
+def test_any_number_of_threads(isa: str, name: str, count: int) -> None:
     before = torch.get_num_threads()
-    spec = PLAIN["int4"]
+    spec = PLAIN[name]
     weight = random_weight(spec)
     try:
         torch.set_num_threads(count)
         for m in (1, 5, 40):
             x, _, _ = inputs(spec, m)
-            got = bound(HERE[0], spec)(x, pack(weight, detect().with_isa(HERE[0])), None, None)
+            got = bound(isa, spec)(x, pack(weight, detect().with_isa(isa)), None, None)
             assert_rows_close(got, reference(spec, x, weight))
     finally:
         torch.set_num_threads(before)
@@ -311,6 +223,15 @@ def test_space_starts_with_a_member_that_names_every_axis(name: str) -> None:
     assert len({tuple(c.items()) for c in found}) == len(found)
 
 
+def test_auto_is_bf16_for_many_rows_on_a_matrix_unit_and_no_less_exact_than_the_weight() -> None:
+    """Weights of more significant bits than bf16 has keep float activations everywhere."""
+    for target in [Target.parse(name) for name in known_targets()] + [detect().with_isa("portable16")]:
+        for name, (fmt, _, _) in FORMATS.items():
+            few = "float" if fmt.is_float else "int8"
+            many = "bfloat16" if target.isa == "amx" and name not in ("float16", "float32") else few
+            assert [fastest_activation(m, fmt, target) for m in (0, 1, 8, 9, 4096)] == [few] * 3 + [many] * 2
+
+
 def test_the_form_declines_with_a_reason() -> None:
     stored = QuantMatmulSpec(8, 32, WeightFormat.int8(32, "minimum"))
     answer = TVM_CPU.decide(stored, detect())
@@ -319,6 +240,11 @@ def test_the_form_declines_with_a_reason() -> None:
     answer = TVM_CPU.decide(PLAIN["int4"], elsewhere)
     assert isinstance(answer, Declined) and "bare" in answer.reason
     assert TVM_CPU.decide(PLAIN["int4"], detect()) is None
+    for name in known_targets():
+        target = Target.parse(name)
+        answer = TVM_CPU.decide(PLAIN["int4-unit"], target)
+        assert isinstance(answer, Declined) == (target.isa != "amx")
+        assert answer is None or f"{target.isa} has no bf16 matrix unit" in answer.reason
 
 
 def test_the_reference_is_the_dequantised_product() -> None:
@@ -332,6 +258,8 @@ def test_the_reference_is_the_dequantised_product() -> None:
         for activation in ("int8", "float"):
             spec = QuantMatmulSpec(n, k, fmt, activation)
             assert_rows_close(reference(spec, x, weight), want.float())
+        rounded = x.double() @ weight.dequantize().bfloat16().double().T
+        assert_rows_close(reference(QuantMatmulSpec(n, k, fmt, "bfloat16"), x, weight), rounded.float())
 
 
 def test_the_quantiser_by_hand() -> None:
