@@ -39,7 +39,7 @@ def zero(tile: int) -> None:
 
 
 def load(tile: int, address: Any, stride: int = _BYTES, passing: bool = False) -> None:
-    """Load 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart; what is `passing` by leaves L1 to what stays."""
+    """Load 16 rows of 64 bytes, `stride` bytes (a multiple of 4) apart; `passing` data does not claim L1."""
     _call("tileloaddt164" if passing else "tileloadd64", T.int8(tile), _pointer(address), T.int64(stride))
 
 

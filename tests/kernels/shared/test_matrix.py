@@ -120,7 +120,7 @@ def test_tiles_are_separate(name: str) -> None:
 
 @everywhere
 def test_nan_and_inf_stay_in_their_rows_and_columns(name: str) -> None:
-    strides = (LINE,) * 4
+    strides = (LINE, LINE, LINE, LINE)
     for value in (torch.nan, torch.inf, -torch.inf):
         left, right = torch.randn(16, 32).bfloat16(), torch.randn(32, 16).bfloat16()
         left[3, 17] = right[5, 9] = value
@@ -164,7 +164,7 @@ def test_amx_is_one_instruction_an_operation() -> None:
     unit = by_name("amx").matrix
     k = tir.Kernel("f", [(argument, "int64") for argument in ("state", "p0", "p1", "p2", "p3")])
     unit.configure(k["state"])
-    multiply(unit, [k[f"p{i}"] for i in range(4)], (LINE,) * 4)
+    multiply(unit, [k[f"p{i}"] for i in range(4)], (LINE, LINE, LINE, LINE))
     round_all(unit, [k["p0"], k["p1"]], 4)
     unit.release()
     inspection = tvm_llvm.inspect([k.finish()], Target.parse("sapphirerapids"))
