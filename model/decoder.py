@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..compiler.errors import CapacityError, UnsupportedError
 from ..kernels.quant_matmul import CanonicalWeight, pack
+from ..kernels.shared.memory import Arena
 from ..runtime import ops
 from ..runtime.kv_cache import KVCache, LayerKV
 from .config import DecoderConfig
@@ -67,7 +68,7 @@ class Decoder(nn.Module):
             raise UnsupportedError(
                 f"activation {activation!r} is not supported; use 'auto', 'int8' or 'float'"
             )
-        config = checkpoint.config
+        config, arena = checkpoint.config, Arena()
 
         def table(name: str) -> CanonicalWeight:
             return requantise(checkpoint.weight(name), quantize, table=True)
@@ -77,13 +78,13 @@ class Decoder(nn.Module):
         ) -> QuantLinear:
             parts = common_format([requantise(checkpoint.weight(name), quantize) for name in names])
             joined = parts[0] if len(parts) == 1 else CanonicalWeight.cat(parts)
-            weight = pack(joined, target, pair=pair)
+            weight = pack(joined, target, pair, arena)
             return QuantLinear(weight, bias=bias, activation=activation, residual=residual, target=target)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(checkpoint.vector(name), config.norm_eps)
 
-        embed = Embedding(pack(table("embed"), target), target=target)
+        embed = Embedding(pack(table("embed"), target, arena=arena), target=target)
         layers = []
         for i in range(config.num_layers):
             at = f"layers.{i}."
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
             if progress is not None:
                 progress(i + 1, config.num_layers)
         tied = config.tie_embeddings
-        head_weight = embed.weight if tied else pack(table("head"), target)
+        head_weight = embed.weight if tied else pack(table("head"), target, arena=arena)
         head = QuantLinear(head_weight, activation=activation, target=target, saved=not tied)
         return Decoder(config, embed, layers, norm("norm"), head, context or config.max_context)
 

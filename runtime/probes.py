@@ -16,8 +16,8 @@ from ..kernels.probe.operations import (
     matrix_operations,
     multiply_add_operations,
 )
-from ..kernels.quant_matmul.packing import aligned_empty
 from ..kernels.shared.isa.table import MATRIX
+from ..kernels.shared.memory import aligned_empty, large_page_empty
 from . import launch
 from .dispatch import current_target
 from .threads import set_threads
@@ -29,7 +29,7 @@ _ROUNDS = 20000
 def read_bandwidth(threads: int | None = None, megabytes: int = 256, repeats: int = 5) -> float:
     """Return the best bytes per second of a read-only stream over `megabytes`."""
     count = set_threads(threads)
-    data = aligned_empty(megabytes * _MEGABYTE + 16384)
+    data = large_page_empty(megabytes * _MEGABYTE + 16384)
     data.fill_(1)
     out = torch.zeros(count * 16, dtype=torch.int32)
     read = _library().function("read")

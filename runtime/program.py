@@ -15,7 +15,7 @@ from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
 from ..kernels.decoder_step.workspace import BARRIER_BYTES, chunk_area, thread_area
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
-from ..kernels.quant_matmul.packing import aligned_empty
+from ..kernels.shared.memory import aligned_empty, large_page_empty
 from . import launch
 from .kv_cache import KVCache
 from .threads import team_size
@@ -210,7 +210,7 @@ class StepProgram:
             self._chunk_offsets = _offsets(sizes)
             self._chunk_arena = None  # free the old one first
             with torch.inference_mode(False):
-                self._chunk_arena = aligned_empty(self._chunk_offsets[-1])
+                self._chunk_arena = large_page_empty(self._chunk_offsets[-1])
                 self._chunk_arena[-BARRIER_BYTES:] = 0
                 self._chunk_x = self._chunk_arena[: sizes[0]].view(torch.float32)
             self._chunk_key = (padded, threads)

@@ -11,7 +11,6 @@ With `pair`, blocks of the first half of the rows (gate) alternate with blocks o
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target, detect
 from ..shared.isa.table import INT8_CODES
+from ..shared.memory import Arena, aligned_empty
 from .weight_format import CanonicalWeight, WeightFormat
 
 BLOCK = 32
@@ -114,7 +114,8 @@ class PackedWeight:
         return f"PackedWeight({self.n}x{self.k} {self.format.key()} {self.layout} {self.nbytes / 1e6:.1f} MB)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return PackedWeight(copy.deepcopy(self.buffer, memo), self.format, self.n, self.k, self.layout)
+        own = aligned_empty(self.nbytes).copy_(self.buffer)  # not what else lies in its memory
+        return PackedWeight(own, self.format, self.n, self.k, self.layout)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _repack, (self.unpack(), self.pair)
@@ -130,13 +131,6 @@ def layout_for(fmt: WeightFormat, target: Target, pair: bool = False) -> str:
     return f"n32.{codes}" + (".pair" if pair else "")
 
 
-def aligned_empty(nbytes: int) -> torch.Tensor:
-    """Return an uninitialised uint8 tensor whose first byte is on a 64-byte line."""
-    raw = torch.empty(nbytes + 64, dtype=torch.uint8)
-    start = -raw.data_ptr() % 64
-    return raw[start : start + nbytes]
-
-
 def _block_rows(n: int, pair: bool) -> torch.Tensor:
     """Return, for every row of the layout, the row of W it holds (-1: padding)."""
     part = n // 2 if pair else n
@@ -149,8 +143,10 @@ def _block_rows(n: int, pair: bool) -> torch.Tensor:
     return torch.stack([rows.view(blocks, BLOCK), up.view(blocks, BLOCK)], 1).reshape(-1)
 
 
-def pack(weight: CanonicalWeight, target: Target | None = None, pair: bool = False) -> PackedWeight:
-    """Lay a canonical weight out for `target` (default: this host).
+def pack(
+    weight: CanonicalWeight, target: Target | None = None, pair: bool = False, arena: Arena | None = None
+) -> PackedWeight:
+    """Lay a canonical weight out for `target` (default: this host), in memory of `arena` if one is given.
 
     Raises UnsupportedError for a pair with an odd number of rows and for a weight that wants a gradient.
     """
@@ -163,7 +159,7 @@ def pack(weight: CanonicalWeight, target: Target | None = None, pair: bool = Fal
     geometry = Geometry(fmt, k)
     rows = _block_rows(n, pair)
     blocks = rows.numel() // BLOCK
-    buffer = aligned_empty(blocks * geometry.block_bytes)
+    buffer = (aligned_empty if arena is None else arena.take)(blocks * geometry.block_bytes)
     step = max(1, (16 << 20) // max(1, BLOCK * k))  # pack some blocks at a time: the peak stays small
     view = buffer.view(blocks, geometry.block_bytes)
     for start in range(0, blocks, step):
