@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ..compiler.target import available_memory
 from ..kernels.attention.append import OPERATOR as APPEND
 from ..kernels.attention.append import AppendSpec
 from ..kernels.attention.spec import KEY_BLOCK
+from ..kernels.shared.memory import Arena
 from . import dispatch
 
 _DTYPES = {
@@ -121,10 +123,19 @@ class KVCache:
         slots = _slots(capacity)
         kind = _DTYPES[dtype]
         self._layers = []
+        arena = Arena()
+
+        def empty(*shape: int, dtype: torch.dtype = kind) -> Tensor:
+            nbytes = math.prod(shape) * dtype.itemsize
+            return arena.take(nbytes).view(dtype).view(shape)
+
         for _ in range(layers):
-            k = torch.empty(batch, kv_heads, slots // KEY_BLOCK, head_dim, KEY_BLOCK, dtype=kind)
-            v = torch.empty(batch, kv_heads, slots, v_head_dim, dtype=kind)
-            scales = [torch.empty(batch, kv_heads, slots) if dtype == "int8" else None for _ in range(2)]
+            k = empty(batch, kv_heads, slots // KEY_BLOCK, head_dim, KEY_BLOCK)
+            v = empty(batch, kv_heads, slots, v_head_dim)
+            scaled = dtype == "int8"
+            scales = [
+                empty(batch, kv_heads, slots, dtype=torch.float32) if scaled else None for _ in range(2)
+            ]
             self._layers.append(LayerKV(self, k, v, *scales))
 
     @staticmethod
