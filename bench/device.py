@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compiler.backends import tvm_llvm
-from ..compiler.target import available_cores, available_memory, detect
+from ..compiler.target import available_cores, available_memory, detect, matrix_unit
 
 TOOLS = (
     "edgeformer",
@@ -50,6 +50,7 @@ def device() -> dict[str, Any]:
         "target": target.name,
         "arch": target.arch,
         "isa": target.isa,
+        "matrix_unit": matrix_unit(),
         "features": sorted(target.features),
         "cores": available_cores(),
         "l2_bytes": target.l2,

@@ -169,12 +169,12 @@ def detect() -> Target:
     host = archspec.cpu.host()
     arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     # A virtual machine may hide a feature, so that archspec takes an older CPU with fewer features.
-    features = frozenset(host.features) | frozenset(archspec.cpu.detect.detected_info().features)
+    features = frozenset(host.features) | _cpu_features()
     name = host.name
     if features >= _AMX:
         if amx_refused():
             features -= {f for f in features if f.startswith("amx")}
-        elif not {"sapphirerapids", "granite_rapids"} & {name, *(a.name for a in host.ancestors)}:
+        elif "sapphirerapids" not in {name, *(a.name for a in host.ancestors)}:
             name = "sapphirerapids"  # the first CPU with AMX
     sizes = _cache_sizes()
     return Target(
@@ -190,6 +190,12 @@ def detect() -> Target:
     )
 
 
+def _cpu_features() -> frozenset[str]:
+    import archspec.cpu
+
+    return frozenset(archspec.cpu.detect.detected_info().features)
+
+
 @functools.cache
 def amx_refused() -> str:
     """Ask the kernel for AMX's tile registers, once a process; return why they cannot be used, or ""."""
@@ -199,6 +205,13 @@ def amx_refused() -> str:
     if libc.syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0:
         return ""
     return f"the kernel refuses tile registers: {os.strerror(ctypes.get_errno())}"
+
+
+def matrix_unit() -> str:
+    """Return this host's matrix unit, "none", or why one that the CPU has is not used."""
+    if detect().isa == "amx":
+        return "amx"
+    return amx_refused() if _cpu_features() >= _AMX else "none"
 
 
 def available_cores() -> int:

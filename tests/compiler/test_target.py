@@ -95,8 +95,9 @@ def test_amx_is_taken_only_where_the_kernel_grants_it(
 ) -> None:
     import archspec.cpu
 
+    before = [SimpleNamespace(name="sapphirerapids")] if name == "granite_rapids" else []
     seen = SimpleNamespace(name=name, features=features_of("sapphirerapids"), ancestors=[])
-    host = SimpleNamespace(name=name, features=features, ancestors=[])
+    host = SimpleNamespace(name=name, features=features, ancestors=before)
     monkeypatch.setattr(archspec.cpu, "host", lambda: host)
     monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: seen)
     monkeypatch.setattr(target_module, "amx_refused", lambda: refused)
@@ -217,3 +218,14 @@ def test_llvm_knows_every_cpu_that_can_be_detected_or_named() -> None:
             assert target_module._llvm_name(name) in known[arch], f"archspec's {name}"
     for name in known_targets():
         assert Target.parse(name).mcpu in known[Target.parse(name).arch], name
+
+
+def test_feature_names_are_those_of_linux() -> None:
+    """A misspelt feature would refuse the target on a CPU that has it."""
+    import archspec.cpu
+
+    spelt = {feature for target in archspec.cpu.TARGETS.values() for feature in target.features}
+    spelt |= {"asimd", "asimddp", "popcnt"}
+    for name in known_targets():
+        target = Target.parse(name)
+        assert target.features <= spelt, (name, target.features - spelt)
