@@ -75,6 +75,9 @@ class Chunk(Step):
         self._claimed(gate_up)
         self._many_product("down", at["down"], None if tiled else gated)
 
+    def _between_layers(self, layer: Any) -> None:
+        """Nothing: a layer's last product ends with a barrier."""
+
     def _many_product(self, name: str, weight: Any, source: Any) -> None:
         """Emit x += source @ W.T; without a source its tiles stand in `gated`."""
         x = self.kernel["x"]

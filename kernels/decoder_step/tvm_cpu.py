@@ -16,6 +16,7 @@ from ..embedding.spec import EmbeddingSpec
 from ..embedding.tvm_emit import PackedRow
 from ..norm.spec import NormSpec
 from ..norm.tvm_emit import NormRow
+from ..quant_matmul.packing import BLOCK, Geometry
 from ..quant_matmul.tvm_cpu import direct_share, many_rows, prepare_row
 from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
 from ..quant_matmul.tvm_cpu_tiles import Prefetch
@@ -105,6 +106,15 @@ class Step:
         with tir.loop(k["layers"]) as layer:
             table = enumerate(LAYER_SLOTS)
             self._layer({s: tir.let(tir.load(k["table"], layer * len(LAYER_SLOTS) + i)) for i, s in table})
+            self._between_layers(layer)
+
+    def _between_layers(self, layer: Any) -> None:
+        """Emit the barrier behind a layer, the next one's first weight on its way."""
+        k, slots = self.kernel, len(LAYER_SLOTS)
+        with tir.when(layer + 1 < k["layers"]):
+            following = tir.let(tir.load(k["table"], (layer + 1) * slots + LAYER_SLOTS.index("qkv")))
+            self._ahead("qkv", following, self.spec.head_dim // BLOCK)
+        self._barrier()
 
     def _layer(self, at: dict[str, Any]) -> None:
         k, spec, thread = self.kernel, self.spec, self.thread
@@ -112,11 +122,11 @@ class Step:
             "qkv", {"w": at["qkv"], "y": k["qkv"], "bias": tir.buffer_at(at["qkv_bias"], "float32")}
         )
         self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
-        blocks = spec.head_dim // 32
-        direct_share(qkv, thread, self._prefetch(), together=blocks)
+        direct_share(qkv, thread, self._prefetch(), together=spec.head_dim // BLOCK)
         first, last = shared_range(spec.num_heads + 2 * spec.num_kv_heads, thread, k["threads"])
         with tir.loop(self.m) as row:
             self._rotate_and_append(at, row, first, last)
+        self._ahead("o", at["o"])
         self._barrier()
 
         decode = Decode(
@@ -130,20 +140,34 @@ class Step:
             decode.phase_merge(tir.let(first + row))
         self._barrier()
 
-        self._product("o", at["o"], k["attended"], k["x"], residual=True)
+        self._product("o", at["o"], k["attended"])
+        self._ahead("gate_up", at["gate_up"])
+        self._barrier()
         gate_up = self._context("gate_up", {"w": at["gate_up"], "y": k["gated"]})
         self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
         direct_share(gate_up, thread, self._prefetch())
+        self._ahead("down", at["down"])
         self._barrier()
-        self._product("down", at["down"], k["gated"], k["x"], residual=True)
+        self._product("down", at["down"], k["gated"])
 
-    def _product(self, name: str, weight: Any, source: Any, target: Any, residual: bool) -> None:
-        """Emit target += source @ W.T, then a barrier."""
-        context = self._context(name, {"w": weight, "x": source, "y": target, "residual": target})
+    def _product(self, name: str, weight: Any, source: Any) -> None:
+        """Emit x += source @ W.T."""
+        x = self.kernel["x"]
+        context = self._context(name, {"w": weight, "x": source, "y": x, "residual": x})
         with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
             prepare_row(context, row)
         direct_share(context, self.thread, self._prefetch())
-        self._barrier()
+
+    def _ahead(self, name: str, weight: Any, together: int = 1) -> None:
+        """Emit prefetches of where this thread's share of a weight begins: it comes while threads wait."""
+        problem, ahead = self.spec.matmul(name), self._prefetch()
+        parts = 2 if problem.epilogue == "silu_pair" else 1
+        pieces = -(-problem.n // (parts * BLOCK * together))
+        first, _ = shared_range(pieces, self.thread, self.kernel["threads"])
+        block_bytes = Geometry(problem.weight, problem.k).block_bytes
+        view = tir.buffer_at(tir.let(weight + first * (together * parts * block_bytes)), "uint8")
+        with tir.loop(ahead.distance // 64) as line:
+            tir.prefetch(view, line * 64, ahead.locality)
 
     def _context(self, name: str, buffers: dict[str, Any]) -> Context:
         """Return a product's emission context over this thread's scratch."""
