@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PROBE_BYTES = 256 << 20
+PROBE_BYTES = 256 << 20  # at least; and twice the last-level cache, which must not answer for the memory
 REPEATS = 5
 
 
@@ -45,14 +45,16 @@ class Limits:
         )
 
 
-def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = REPEATS) -> Limits:
+def measure_limits(threads: int, probe_bytes: int | None = None, repeats: int = REPEATS) -> Limits:
     """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops."""
     import torch
 
     from ..compiler.errors import BuildError
+    from ..compiler.target import detect
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
+    probe_bytes = probe_bytes or max(PROBE_BYTES, 2 * detect().l3)
     set_threads(threads)
     source = torch.ones(probe_bytes // 4, dtype=torch.float32)
     copy = torch.empty_like(source)
@@ -62,7 +64,8 @@ def measure_limits(threads: int, probe_bytes: int = PROBE_BYTES, repeats: int = 
     }
     del source, copy
     try:
-        for name in ("read_bandwidth", "int8_dot_peak", "float_dot_peak", "matrix_peak"):
+        probes["read_bandwidth"] = native.read_bandwidth(threads, probe_bytes >> 20)
+        for name in ("int8_dot_peak", "float_dot_peak", "matrix_peak"):
             if (found := getattr(native, name)(threads)) is not None:
                 probes[name] = found
     except BuildError as error:
