@@ -111,17 +111,7 @@ class CompiledDecoder:
             return self.decoder(ids, cache, position, lengths, last_only)  # which says what does not fit
         if batch * tokens > MAX_ROWS:
             return self._chunks(ids, cache, position, lengths, last_only)
-        cos, sin = self.decoder.rope_rows(position, position + tokens, lengths)
-        embedded = ids.is_floating_point()
-        logits = self.program.run(
-            cache,
-            position,
-            cos,
-            sin,
-            ids=None if embedded else ids,
-            hidden=ids if embedded else None,
-            lengths=None if lengths is None else lengths.to(torch.int32).contiguous(),
-        )
+        logits = self._run(ids, cache, position, lengths, head=True)
         return logits[:, -1:] if last_only else logits
 
     def _chunks(
@@ -131,19 +121,19 @@ class CompiledDecoder:
         step, total = CHUNK_ROWS // ids.shape[0], ids.shape[1]
         for start in range(0, total, step):
             part = ids[:, start : start + step]
-            end = position + start + part.shape[1]
-            valid = None if lengths is None else (lengths - (total - start - part.shape[1])).clamp_(min=0)
-            found.append(self._hidden(part, cache, end - part.shape[1], end, valid))
-        x = torch.cat([part[:, -1:] for part in found[-1:]] if last_only else found, dim=1)
+            behind = total - start - part.shape[1]  # slots of later parts
+            valid = None if lengths is None else (lengths - behind).clamp_(min=0)
+            found.append(self._run(part, cache, position + start, valid, head=False))
+        x = found[-1][:, -1:] if last_only else torch.cat(found, dim=1)
         return decoder.head(decoder.norm(x))
 
-    def _hidden(self, ids: Tensor, cache: KVCache, start: int, end: int, lengths: Tensor | None) -> Tensor:
-        """Hidden states [B, T, hidden] behind the last layer."""
-        cos, sin = self.decoder.rope_rows(start, end, lengths)
+    def _run(self, ids: Tensor, cache: KVCache, start: int, lengths: Tensor | None, head: bool) -> Tensor:
+        """Logits [B, T, vocab], or the hidden states [B, T, hidden] behind the last layer."""
+        cos, sin = self.decoder.rope_rows(start, start + ids.shape[1], lengths)
         embedded = ids.is_floating_point()
         return self.program.run(
             cache, start, cos, sin, ids=None if embedded else ids, hidden=ids if embedded else None,
-            lengths=None if lengths is None else lengths.to(torch.int32).contiguous(), head=False,
+            lengths=None if lengths is None else lengths.to(torch.int32).contiguous(), head=head,
         )  # fmt: skip
 
 
