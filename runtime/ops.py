@@ -14,6 +14,8 @@ from ..kernels.attention import AttentionSpec
 from ..kernels.attention.space import fastest_math
 from ..kernels.embedding import OPERATOR as EMBEDDING
 from ..kernels.embedding.spec import EmbeddingSpec
+from ..kernels.mla import OPERATOR as MLA
+from ..kernels.mla import MlaSpec, cheaper_mode
 from ..kernels.norm import OPERATOR as NORM
 from ..kernels.norm.spec import NormSpec
 from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
@@ -298,6 +300,51 @@ def attention_cached(
         q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
         lengths=lengths, window=window, softcap=softcap, scale=scale, sinks=sinks,
     )[0]  # fmt: skip
+
+
+def mla(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    *,
+    tk: int | None = None,
+    mask: str = "causal",
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    q_offset: int | None = None,
+    cache_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+    mode: str = "auto",
+    math: str = "float32",
+    form: str | None = None,
+) -> Any:
+    """Return multi-head latent attention [B, H, T, Dv] over the first `tk` cached latents, in q's dtype.
+
+    q_nope [B, H, T, Dn], q_rope [B, H, T, Dr] (rotated), cache [B, capacity, R + Dr] (normalised latents and
+    rotated keys side by side, the T new tokens included), w_uk [H, Dn, R], w_uv [H, R, Dv]; see MlaSpec.
+    `mode` "absorbed", "expanded", or "auto": the one with fewer operations. With `return_lse` the result is
+    (out, lse fp32 [B, H, T]). Raises UnsupportedError for other shapes and dtypes.
+    """
+    if q_nope.dim() != 4 or q_rope.dim() != 4 or w_uk.dim() != 3 or w_uv.dim() != 3 or cache.dim() != 3:
+        raise UnsupportedError("mla takes q [B, H, T, D], a cache [B, capacity, R + Dr] and w [H, D, R]")
+    sizes = (q_nope.shape[1], w_uk.shape[2], q_nope.shape[3], q_rope.shape[3], w_uv.shape[2])
+    keys = cache.shape[1] if tk is None else tk
+    types = (q_nope.dtype, cache.dtype, w_uk.dtype)
+
+    def spec(mode: str) -> MlaSpec:
+        names = (dtype_name(q_nope, "q_nope"), _kv_name(cache), dtype_name(w_uk, "w_uk"))
+        return MlaSpec(*sizes, *names, mode, mask, return_lse, math)
+
+    if mode == "auto":
+        mode = cheaper_mode(spec("absorbed"), q_nope.shape[2], keys)
+    key = ("mla", *sizes, *types, mode, mask, return_lse, math, form)
+    out, lse = _call(key, MLA, lambda: spec(mode), form)(
+        q_nope, q_rope, cache, w_uk, w_uv, tk=keys, scale=scale, q_offset=q_offset, lengths=lengths,
+        cache_scale=cache_scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 def _kv_name(k: torch.Tensor) -> str:

@@ -1,0 +1,14 @@
+"""The CPU form's tuning space: that of its inner attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compiler.target import Target
+from ..attention.space import space as attention_space
+from .spec import MlaSpec
+
+
+def space(spec: MlaSpec, target: Target) -> list[dict[str, Any]]:
+    """Return every configuration, the default first."""
+    return attention_space(spec.inner(), target)
