@@ -14,7 +14,7 @@ from ..kernels.decoder_step import DecoderStepSpec
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
 from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram
-from .config import DecoderConfig
+from .config import ModelConfig
 from .decoder import Block, Decoder
 
 _TOLERANCE = 0.01  # of what a layer adds: an int8 code may round the other way, a wrong kernel is far off
@@ -24,6 +24,8 @@ _KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
     """Return the whole step's problem. Raises EdgeFormerError where the layers differ in format."""
     c = decoder.config
+    if c.qk_norm or c.post_norms or c.windows or c.o_bias or c.mlp_bias:
+        raise EdgeFormerError(f"the family {c.architecture} is not composed yet")
     blocks = [layer for layer in decoder.layers if isinstance(layer, Block)]
 
     def one(name: str) -> object:
@@ -165,7 +167,7 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
     Each layer is fed the eager hidden states, so that int8 codes that round the other way do not pile
     up: odd lengths, a chunk, several rows, then single tokens over the cache that the program has written.
     """
-    c: DecoderConfig = decoder.config
+    c: ModelConfig = decoder.config
     lengths = (17, 5, 1, 1, 3, 1) if decoder.context >= 28 else (5, 1, 1, 3, 1)
     room = sum(lengths)
     if decoder.context < room:
@@ -194,7 +196,8 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
                 if not error < _TOLERANCE:
                     return f"the head of the compiled step differs by {error:.2%}"
             eager.length = ours.length = start = end
-        embedded = program.run(ours, 0, *decoder.rope_rows(0, 1, None), ids=ids[:, :1], count=0, head=False)
+        cos, sin = decoder.rope_rows(0, 1, None)
+        embedded = program.run(ours, 0, cos, sin, ids=ids[:, :1], count=0, head=False)
         if not torch.allclose(embedded, decoder.embed(ids[:, :1]), rtol=1e-5, atol=1e-6):
             return "the embedding of the compiled step differs from the eager one"
     return ""

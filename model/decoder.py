@@ -1,4 +1,4 @@
-"""The Llama-family decoder, top to bottom: embed, blocks of attention and gated MLP, norm, head."""
+"""The decoder, top to bottom: embed, blocks of attention and gated MLP behind their norms, norm, head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..kernels.quant_matmul import CanonicalWeight, pack
 from ..kernels.shared.memory import Arena
 from ..runtime import ops
 from ..runtime.kv_cache import KVCache, LayerKV
-from .config import DecoderConfig
+from .config import ModelConfig
 from .layers import Embedding, QuantLinear, RMSNorm
 from .requantise import common_format, requantise
 
@@ -21,7 +21,7 @@ from .requantise import common_format, requantise
 class Checkpoint(Protocol):
     """Where weights come from: one at a time, so that a file never lies in memory twice."""
 
-    config: DecoderConfig
+    config: ModelConfig
 
     def weight(self, name: str) -> CanonicalWeight: ...
 
@@ -31,14 +31,15 @@ class Checkpoint(Protocol):
 class Decoder(nn.Module):
     """A decoder that reads a KV cache and returns logits.
 
-    ``rope_cos`` and ``rope_sin`` are float32 [context, rotary / 2].
+    ``rope_cos`` and ``rope_sin`` are float32 [kinds, context, rotary / 2], one kind for each of
+    ``config.ropes``.
     """
 
     rope_cos: Tensor
     rope_sin: Tensor
 
     def __init__(
-        self, config: DecoderConfig, embed: Embedding, layers: list[Block], norm: RMSNorm, head: QuantLinear,
+        self, config: ModelConfig, embed: Embedding, layers: list[Block], norm: RMSNorm, head: QuantLinear,
         context: int,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -48,9 +49,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.head = head
-        cos, sin = rope_tables(config, context)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        tables = [rope.tables(config.rotary, context) for rope in config.ropes]
+        self.register_buffer("rope_cos", torch.stack([cos for cos, _ in tables]), persistent=False)
+        self.register_buffer("rope_sin", torch.stack([sin for _, sin in tables]), persistent=False)
         self.register_load_state_dict_post_hook(_share_head)
 
     @staticmethod
@@ -74,34 +75,44 @@ class Decoder(nn.Module):
             return requantise(checkpoint.weight(name), quantize, table=True)
 
         def linear(
-            *names: str, bias: Tensor | None = None, residual: bool = False, pair: bool = False
+            *names: str, biased: bool = False, residual: bool = False, pair: bool = False
         ) -> QuantLinear:
             parts = common_format([requantise(checkpoint.weight(name), quantize) for name in names])
             joined = parts[0] if len(parts) == 1 else CanonicalWeight.cat(parts)
             weight = pack(joined, target, pair, arena)
-            return QuantLinear(weight, bias=bias, activation=activation, residual=residual, target=target)
+            bias = torch.cat([checkpoint.vector(f"{name}_bias") for name in names]) if biased else None
+            return QuantLinear(weight, bias=bias, activation=activation, residual=residual,
+                               gate=config.activation, target=target)  # fmt: skip
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(checkpoint.vector(name), config.norm_eps)
 
-        embed = Embedding(pack(table("embed"), target, arena=arena), target=target)
+        embed = Embedding(pack(table("embed"), target, arena=arena), config.embedding_scale, target=target)
         layers = []
         for i in range(config.num_layers):
-            at = f"layers.{i}."
-            bias = None
-            if config.attention_bias:
-                bias = torch.cat([checkpoint.vector(f"{at}{part}_bias") for part in "qkv"])
-            qkv = linear(at + "q", at + "k", at + "v", bias=bias)
-            gate_up = linear(at + "gate", at + "up", pair=True)
+            at, plain = f"layers.{i}.", not config.post_norms  # a plain product adds the residual itself
             layers.append(
-                Block(config, norm(at + "attn_norm"), qkv, linear(at + "o", residual=True),
-                      norm(at + "mlp_norm"), gate_up, linear(at + "down", residual=True))
-            )  # fmt: skip
+                Block(
+                    config,
+                    i,
+                    attn_norm=norm(at + "attn_norm"),
+                    qkv=linear(at + "q", at + "k", at + "v", biased=config.attention_bias),
+                    q_norm=norm(at + "q_norm") if config.qk_norm else None,
+                    k_norm=norm(at + "k_norm") if config.qk_norm else None,
+                    o=linear(at + "o", biased=config.o_bias, residual=plain),
+                    attn_post_norm=None if plain else norm(at + "attn_post_norm"),
+                    mlp_norm=norm(at + "mlp_norm"),
+                    gate_up=linear(at + "gate", at + "up", biased=config.mlp_bias, pair=True),
+                    down=linear(at + "down", biased=config.mlp_bias, residual=plain),
+                    mlp_post_norm=None if plain else norm(at + "mlp_post_norm"),
+                )
+            )
             if progress is not None:
                 progress(i + 1, config.num_layers)
         tied = config.tie_embeddings
         head_weight = embed.weight if tied else pack(table("head"), target, arena=arena)
-        head = QuantLinear(head_weight, activation=activation, target=target, saved=not tied)
+        head = QuantLinear(head_weight, activation=activation, softcap=config.logit_softcap, target=target,
+                           saved=not tied)  # fmt: skip
         return Decoder(config, embed, layers, norm("norm"), head, context or config.max_context)
 
     def forward(
@@ -143,29 +154,39 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
     def rope_rows(self, start: int, end: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [T, R/2], or [B, T, R/2] where each row's first token is at position 0."""
+        """Return cosines and sines [kinds, T, R/2]; [kinds, B, T, R/2] where each row starts at 0."""
         if lengths is None:
-            return self.rope_cos[start:end], self.rope_sin[start:end]
+            return self.rope_cos[:, start:end], self.rope_sin[:, start:end]
         places = torch.arange(start, end) - (end - lengths.long())[:, None]
         places.clamp_(min=0)  # padding slots; nothing reads them
-        return self.rope_cos[places], self.rope_sin[places]
+        return self.rope_cos[:, places], self.rope_sin[:, places]
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, each behind its norm, each adding to the residual in its last product."""
+    """Attention and gated MLP, each behind its norm, each adding to the residual.
+
+    The last product of a plain one adds the residual itself; with post norms its result passes one first.
+    """
 
     def __init__(
-        self, config: DecoderConfig, attn_norm: RMSNorm, qkv: QuantLinear, o: QuantLinear,
-        mlp_norm: RMSNorm, gate_up: QuantLinear, down: QuantLinear,
+        self, config: ModelConfig, layer: int, *, attn_norm: RMSNorm, qkv: QuantLinear,
+        q_norm: RMSNorm | None, k_norm: RMSNorm | None, o: QuantLinear, attn_post_norm: RMSNorm | None,
+        mlp_norm: RMSNorm, gate_up: QuantLinear, down: QuantLinear, mlp_post_norm: RMSNorm | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
+        self.window = config.window(layer)
+        self.rope_kind = config.rope_kind(layer)
         self.attn_norm = attn_norm
         self.qkv = qkv
+        self.q_norm = q_norm
+        self.k_norm = k_norm
         self.o = o
+        self.attn_post_norm = attn_post_norm
         self.mlp_norm = mlp_norm
         self.gate_up = gate_up
         self.down = down
+        self.mlp_post_norm = mlp_post_norm
 
     def forward(
         self, x: Tensor, kv: LayerKV, position: int, cos: Tensor, sin: Tensor, lengths: Tensor | None
@@ -173,24 +194,26 @@ class Block(nn.Module):
         c = self.config
         batch, length, _ = x.shape
         heads = self.qkv(self.attn_norm(x)).view(batch, length, -1, c.head_dim).transpose(1, 2)
-        rotated = c.num_heads + c.num_kv_heads
-        qk = ops.rope(heads[:, :rotated], cos, sin, interleaved=c.rope_interleaved, rotary_dim=c.rotary_dim)
-        kv.append(qk[:, c.num_heads :], heads[:, rotated:], position)
-        mask = "causal" if lengths is None else "causal_lengths"
-        math = "auto" if self.qkv.activation == "auto" else "float32"
-        out = ops.attention_cached(qk[:, : c.num_heads], kv, position, mask=mask, lengths=lengths, math=math)
-        x = self.o(out.transpose(1, 2).reshape(batch, length, -1), residual=x)
-        return self.down(self.gate_up(self.mlp_norm(x)), residual=x)
+        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)  # [B, H, T, D]
+        qk = heads[:, : c.num_heads + c.num_kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        qk = ops.rope(qk, cos[self.rope_kind], sin[self.rope_kind], interleaved=c.rope_interleaved,
+                      rotary_dim=c.rotary_dim)  # fmt: skip
+        kv.append(qk[:, c.num_heads :], v, position)
+        out = ops.attention_cached(
+            qk[:, : c.num_heads], kv, position,
+            mask="causal" if lengths is None else "causal_lengths", lengths=lengths, window=self.window,
+            softcap=c.attention_softcap, scale=c.scale,
+            math="auto" if self.qkv.activation == "auto" else "float32",
+        )  # fmt: skip
+        x = _added(self.o, self.attn_post_norm, out.transpose(1, 2).reshape(batch, length, -1), x)
+        return _added(self.down, self.mlp_post_norm, self.gate_up(self.mlp_norm(x)), x)
 
 
-def rope_tables(config: DecoderConfig, context: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, float32 [context, rotary / 2] (RoFormer, arXiv:2104.09864)."""
-    exponent = torch.arange(0, config.rotary, 2, dtype=torch.float32) / config.rotary
-    frequency = 1.0 / (config.rope_theta**exponent)
-    if config.rope_factors is not None:
-        frequency = frequency / torch.tensor(config.rope_factors)
-    angle = torch.arange(context, dtype=torch.float32)[:, None] / config.rope_scale * frequency
-    return angle.cos(), angle.sin()
+def _added(product: QuantLinear, post_norm: RMSNorm | None, y: Tensor, x: Tensor) -> Tensor:
+    """Return x + product(y), or x + post_norm(product(y))."""
+    return product(y, residual=x) if post_norm is None else post_norm(product(y), residual=x)
 
 
 def _share_head(decoder: nn.Module, _: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from torch.nn import functional as F
 
 from ..compiler.errors import FormatError, UnsupportedError
 from ..runtime.kv_cache import KVCache
-from .decoder import Block, Decoder, rope_tables
+from .decoder import Block, Decoder
 from .generate import LanguageModel
-from .layers import PackedModule
+from .layers import PackedModule, RMSNorm
 
 ROWS = 128  # tokens whose logits are compared at once: two tables of ROWS x vocabulary in memory
 
@@ -63,13 +64,15 @@ def evaluate(model: LanguageModel, text: str, *, window: int = 512, max_tokens: 
         raise UnsupportedError("the text has fewer than two tokens; nothing to evaluate")
     hidden = reference_hidden(model.decoder, windows)
     head = model.decoder.head.weight.unpack().dequantize()
+    cap = model.config.logit_softcap
     sums = torch.zeros(4, dtype=torch.float64)
     for part, expected in zip(windows, hidden, strict=True):
         got = _model_logits(model, part)
         for start in range(0, len(part) - 1, ROWS):
             rows = slice(start, min(start + ROWS, len(part) - 1))
             following = part[rows.start + 1 : rows.stop + 1]
-            sums += _compare(got[rows], expected[rows] @ head.T, following)
+            logits = expected[rows] @ head.T
+            sums += _compare(got[rows], cap * torch.tanh(logits / cap) if cap else logits, following)
     count = sum(len(part) - 1 for part in windows)
     loss, reference_loss, kl, same = (sums / count).tolist()
     return Evaluation(count, math.exp(loss), math.exp(reference_loss), kl, same)
@@ -106,18 +109,21 @@ def reference_hidden(
     decoder: Decoder, windows: list[Tensor], progress: Callable[[int], None] | None = None
 ) -> list[Tensor]:
     """The decoder in plain fp32 PyTorch, weights dequantised: ids [T] -> hidden [T, D] of each window."""
-    config = decoder.config
     table = decoder.embed.weight.unpack().dequantize()
-    hidden = [F.embedding(part, table) for part in windows]
+    hidden = [F.embedding(part, table) * decoder.config.embedding_scale for part in windows]
     del table
-    cos, sin = rope_tables(config, max(len(part) for part in windows))
+    cos, sin = decoder.rope_rows(0, max(len(part) for part in windows), None)
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Block)
         run = _reference_block(layer)
-        hidden = [run(x, cos[: len(x)], sin[: len(x)]) for x in hidden]
+        hidden = [run(x, cos[layer.rope_kind, : len(x)], sin[layer.rope_kind, : len(x)]) for x in hidden]
         if progress is not None:
             progress(i + 1)
-    return [F.rms_norm(x, x.shape[-1:], decoder.norm.weight, config.norm_eps) for x in hidden]
+    return [_reference_norm(decoder.norm, x) for x in hidden]
+
+
+def _reference_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def _reference_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -127,20 +133,39 @@ def _reference_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         return layer.weight.unpack().dequantize()
 
     qkv, o, gate_up, down = (values(layer) for layer in (block.qkv, block.o, block.gate_up, block.down))
+    gated = F.silu if c.activation == "silu" else partial(F.gelu, approximate="tanh")
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         low, high, rest = x.split([c.rotary // 2, c.rotary // 2, c.head_dim - c.rotary], dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
 
+    def added(x: Tensor, y: Tensor, post_norm: RMSNorm | None) -> Tensor:
+        return x + (y if post_norm is None else _reference_norm(post_norm, y))
+
     def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        normed = F.rms_norm(x, x.shape[-1:], block.attn_norm.weight, c.norm_eps)
+        normed = _reference_norm(block.attn_norm, x)
         heads = F.linear(normed, qkv, block.qkv.bias).view(len(x), -1, c.head_dim).transpose(0, 1)
         q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads])
+        if block.q_norm is not None and block.k_norm is not None:
+            q, k = _reference_norm(block.q_norm, q), _reference_norm(block.k_norm, k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-        x = x + out.transpose(0, 1).reshape(len(x), -1) @ o.T
-        normed = F.rms_norm(x, x.shape[-1:], block.mlp_norm.weight, c.norm_eps)
-        gate, up = (normed @ gate_up.T).chunk(2, dim=-1)
-        return x + (F.silu(gate) * up) @ down.T
+        out = _reference_attention(q, k, v, c.scale, c.attention_softcap, block.window)
+        out = F.linear(out.transpose(0, 1).reshape(len(x), -1), o, block.o.bias)
+        x = added(x, out, block.attn_post_norm)
+        gate, up = F.linear(_reference_norm(block.mlp_norm, x), gate_up, block.gate_up.bias).chunk(2, dim=-1)
+        return added(x, F.linear(gated(gate) * up, down, block.down.bias), block.mlp_post_norm)
 
     return run
+
+
+def _reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
+) -> Tensor:
+    """q [Hq, T, D], k and v [Hkv, T, D] -> [Hq, T, D]."""
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    behind = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+    hidden = (behind < 0) | (behind >= window) if window else behind < 0
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v

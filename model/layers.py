@@ -17,6 +17,8 @@ from ..compiler.errors import FormatError
 from ..kernels.quant_matmul import CanonicalWeight, PackedWeight, QuantMatmulSpec, WeightFormat, pack
 from ..runtime import ops
 
+GATES = {"silu": "silu_pair", "gelu_tanh": "gelu_pair"}  # a gate's activation -> the epilogue of its pair
+
 
 class PackedModule(nn.Module):
     """Base of the layers that hold one PackedWeight: its canonical form in and out of the state dict."""
@@ -73,10 +75,11 @@ class PackedModule(nn.Module):
 
 
 class QuantLinear(PackedModule):
-    """``x @ weight.T`` on a packed weight, with bias, residual and the gated SiLU of a pair fused.
+    """``x @ weight.T`` on a packed weight, with bias, residual, a pair's gate and a softcap fused.
 
     Shapes: x [..., K] -> [..., N], or [..., N / 2] for a pair. ``activation`` is "int8" (quantised on
     the fly, see the operator's spec), "float", or "auto": int8, and bf16 for many rows on a matrix unit.
+    ``gate`` is a pair's activation, "silu" or "gelu_tanh".
     """
 
     def __init__(
@@ -86,13 +89,16 @@ class QuantLinear(PackedModule):
         bias: Tensor | None = None,
         activation: str = "auto",
         residual: bool = False,
+        gate: str = "silu",
+        softcap: float = 0.0,
         target: Any = None,
         saved: bool = True,
     ) -> None:
         super().__init__(weight, target=target, saved=saved)
+        self.softcap = softcap
         self.residual = residual  # whether forward adds one
         self.activation = activation
-        self.epilogue = "silu_pair" if weight.pair else "none"
+        self.epilogue = GATES[gate] if weight.pair else "none"
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
@@ -105,7 +111,7 @@ class QuantLinear(PackedModule):
         return [
             QuantMatmulSpec(
                 self.weight.n, self.weight.k, self.weight.format, activation, "float32", self.epilogue,
-                self.bias is not None, self.residual,
+                self.bias is not None, self.residual, self.softcap,
             ).key()
             for activation in types
         ]  # fmt: skip
@@ -118,23 +124,28 @@ class QuantLinear(PackedModule):
             residual=residual,
             epilogue=self.epilogue,
             activation=self.activation,
+            softcap=self.softcap,
         )
 
 
 class Embedding(PackedModule):
-    """Rows of a packed table: ids [...] -> float32 [..., K]."""
+    """Rows of a packed table times ``factor``: ids [...] -> float32 [..., K]."""
+
+    def __init__(self, weight: PackedWeight, factor: float = 1.0, *, target: Any = None) -> None:
+        super().__init__(weight, target=target)
+        self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight, factor=self.factor)
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension."""
+    """``x / rms(x) * weight`` over the last dimension, plus a residual where one is given."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, eps=self.eps, kind="rms")
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.norm(x, self.weight, residual=residual, eps=self.eps, kind="rms")

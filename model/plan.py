@@ -9,7 +9,7 @@ from ..compiler.target import available_memory
 from ..kernels.quant_matmul import WeightFormat
 from ..kernels.quant_matmul.packing import BLOCK, Geometry
 from ..runtime.kv_cache import KVCache
-from .config import DecoderConfig
+from .config import ModelConfig
 from .load.gguf import GGUFCheckpoint
 from .requantise import joined_format, requested_format
 
@@ -39,7 +39,7 @@ class MemoryPlan:
         return f"{self.total / 1e6:.1f} MB ({parts}; context {self.context})"
 
 
-def choose_context(config: DecoderConfig, context: int | None) -> int:
+def choose_context(config: ModelConfig, context: int | None) -> int:
     """The number of tokens to hold: what was asked for, else the model's own up to DEFAULT_CONTEXT.
 
     Raises CapacityError beyond what the model was trained for.
@@ -89,10 +89,7 @@ def weight_bytes(checkpoint: GGUFCheckpoint, quantize: str | None) -> int:
         at = f"layers.{layer}."
         total += matrix(at + "q", at + "k", at + "v") + matrix(at + "o")
         total += matrix(at + "gate", at + "up", pair=True) + matrix(at + "down")
-    vectors = (2 * config.num_layers + 1) * config.hidden_size
-    if config.attention_bias:
-        vectors += config.num_layers * config.qkv_size
-    return total + vectors * FLOAT
+    return total + sum(config.vectors().values()) * FLOAT
 
 
 def packed_bytes(fmt: WeightFormat, row_blocks: list[int], k: int) -> int:
@@ -100,7 +97,7 @@ def packed_bytes(fmt: WeightFormat, row_blocks: list[int], k: int) -> int:
     return sum(-(-rows // BLOCK) for rows in row_blocks) * Geometry(fmt, k).block_bytes
 
 
-def workspace_bytes(config: DecoderConfig, batch: int, chunk: int, context: int) -> int:
+def workspace_bytes(config: ModelConfig, batch: int, chunk: int, context: int) -> int:
     """Scratch while a chunk passes through: every intermediate of a layer (freed ones stay with the
     allocator), rope tables and one row of logits."""
     hidden, mlp = config.hidden_size, config.intermediate_size
@@ -108,7 +105,8 @@ def workspace_bytes(config: DecoderConfig, batch: int, chunk: int, context: int)
     attention = config.qkv_size + (rotated + 2 * heads) * config.head_dim  # fused, rotated, output, its copy
     codes = (mlp + mlp // 8) // FLOAT  # int8 activations and their scales
     rows = batch * chunk * (5 * hidden + attention + mlp + codes) * FLOAT
-    return rows + context * config.rotary * FLOAT + batch * config.vocab_size * FLOAT
+    tables = len(config.ropes) * context * config.rotary * FLOAT
+    return rows + tables + batch * config.vocab_size * FLOAT
 
 
 def require_memory(plan: MemoryPlan, available: int | None = None) -> None:

@@ -61,15 +61,16 @@ def quant_matmul(
     residual: torch.Tensor | None = None,
     epilogue: str = "none",
     activation: str = "int8",
+    softcap: float = 0.0,
     form: str | None = None,
 ) -> torch.Tensor:
-    """Return epilogue(x @ W.T + bias) + residual.
+    """Return epilogue(x @ W.T + bias) + residual, capped before the residual where a softcap is given.
 
     x is [..., K] fp32, bf16 or fp16 on the CPU; the result is [..., N] in x's dtype ([..., N/2] for
-    "silu_pair", whose weight is packed as a pair). bias is fp32 [N]; residual has the result's shape and
-    x's dtype. With activation "int8" x is quantised dynamically, with "bfloat16" it is rounded (see
-    QuantMatmulSpec); "auto" takes the faster of both for this target and number of rows. The gradient
-    flows to x, bias and residual; the packed weight has none.
+    "silu_pair" and "gelu_pair", whose weight is packed as a pair). bias is fp32 [N]; residual has the
+    result's shape and x's dtype. With activation "int8" x is quantised dynamically, with "bfloat16" it is
+    rounded (see QuantMatmulSpec); "auto" takes the faster of both for this target and number of rows. The
+    gradient flows to x, bias and residual; the packed weight has none.
     Raises UnsupportedError for other shapes and dtypes.
     """
     k = weight.k
@@ -90,21 +91,34 @@ def quant_matmul(
     ):
         from . import autograd
 
+        if softcap:
+            raise UnsupportedError(
+                "a softcap has no gradient; call the product without it and cap in PyTorch"
+            )
         return autograd.quant_matmul(x, weight, bias, residual, epilogue, activation, form)
     if activation == "auto":
         activation = fastest_activation(x.numel() // k, weight.format, dispatch.current_target())
     cache: dict[Any, Any] = weight.__dict__.setdefault("bound_calls", {})
-    key = (x.dtype, epilogue, activation, bias is None, residual is None, form, dispatch.generation())
+    key = (
+        x.dtype,
+        epilogue,
+        activation,
+        bias is None,
+        residual is None,
+        softcap,
+        form,
+        dispatch.generation(),
+    )
     call = cache.get(key)
     if call is None:
         call = cache[key] = _bind_matmul(
-            x, weight, bias is not None, residual is not None, epilogue, activation, form
+            x, weight, bias is not None, residual is not None, epilogue, activation, softcap, form
         )
     shape = x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     if not flat.is_contiguous():
         flat = flat.contiguous()
-    n_out = weight.n // 2 if epilogue == "silu_pair" else weight.n
+    n_out = weight.n // 2 if weight.pair else weight.n
     if residual is not None:
         if residual.dtype != x.dtype or residual.device != x.device or residual.shape != (*shape[:-1], n_out):
             raise UnsupportedError(
@@ -122,11 +136,12 @@ def _bind_matmul(
     residual: bool,
     epilogue: str,
     activation: str,
+    softcap: float,
     form: str | None,
 ) -> Any:
     if weight.format.is_float and activation == "int8":
         activation = "float"
-    if (epilogue == "silu_pair") != weight.pair:
+    if epilogue.endswith("_pair") != weight.pair:
         raise UnsupportedError(f"epilogue {epilogue!r} does not fit a weight in layout {weight.layout}")
     target = dispatch.current_target()
     if weight.layout != layout_for(weight.format, target, weight.pair):
@@ -135,7 +150,7 @@ def _bind_matmul(
             "pack(weight.unpack(), target) lays it out again"
         )
     spec = QuantMatmulSpec(
-        weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual
+        weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual, softcap
     )
     return bound(QUANT_MATMUL, spec, form)
 
@@ -145,13 +160,17 @@ def norm(
     weight: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     eps: float = 1e-5,
     kind: str = "rms",
     weight_offset: float = 0.0,
     form: str | None = None,
 ) -> torch.Tensor:
-    """Return RMSNorm ("rms") or LayerNorm ("layer") of the last dimension of x, in x's shape and dtype."""
-    return _norm(x, weight, bias, eps, kind, weight_offset, 0, form)
+    """Return RMSNorm ("rms") or LayerNorm ("layer") of the last dimension of x, in x's shape and dtype.
+
+    A residual, of the same shape and dtype, is added before the one rounding.
+    """
+    return _norm(x, weight, bias, residual, eps, kind, weight_offset, 0, form)
 
 
 def norm_quantized(
@@ -166,12 +185,12 @@ def norm_quantized(
     form: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the norm quantised: int8 codes [..., D], fp32 scales and int32 code sums [..., groups]."""
-    return _norm(x, weight, bias, eps, kind, weight_offset, group_size, form)
+    return _norm(x, weight, bias, None, eps, kind, weight_offset, group_size, form)
 
 
 def _norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: str, offset: float,
-    group_size: int, form: str | None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    eps: float, kind: str, offset: float, group_size: int, form: str | None,
 ) -> Any:  # fmt: skip
     dim = x.shape[-1]
     if weight.shape != (dim,):
@@ -179,10 +198,17 @@ def _norm(
 
     def spec() -> NormSpec:
         types = (dtype_name(x, "x"), dtype_name(weight, "weight"))
-        return NormSpec(kind, dim, eps, *types, "", offset, bias is not None, group_size)
+        return NormSpec(
+            kind, dim, eps, *types, "", offset, bias is not None, group_size, residual is not None
+        )
 
-    key = ("norm", kind, dim, eps, x.dtype, weight.dtype, offset, bias is None, group_size, form)
-    return _call(key, NORM, spec, form)(x, weight, bias)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise UnsupportedError(
+            f"residual is {tuple(residual.shape)} {residual.dtype}, not {tuple(x.shape)} {x.dtype}"
+        )
+    flags = (bias is None, residual is None, group_size)
+    key = ("norm", kind, dim, eps, x.dtype, weight.dtype, offset, *flags, form)
+    return _call(key, NORM, spec, form)(x, weight, bias, residual)
 
 
 def rope(
@@ -202,10 +228,16 @@ def rope(
     return _call(key, ROPE, spec, form)(x, cos, sin, out)
 
 
-def embedding(ids: torch.Tensor, weight: PackedWeight, *, form: str | None = None) -> torch.Tensor:
-    """Return rows int64 ids [...] of a packed table as fp32 [..., K]. An id out of range raises."""
-    key = ("embedding", weight.n, weight.k, weight.format, weight.layout, form)
-    return _call(key, EMBEDDING, lambda: EmbeddingSpec.of(weight), form)(ids, weight)
+def embedding(
+    ids: torch.Tensor, weight: PackedWeight, *, factor: float = 1.0, form: str | None = None
+) -> torch.Tensor:
+    """Return rows int64 ids [...] of a packed table times `factor` as fp32 [..., K].
+
+    An id out of range raises EdgeFormerError.
+    """
+    key = ("embedding", weight.n, weight.k, weight.format, weight.layout, factor, form)
+    spec = lambda: EmbeddingSpec.of(weight, factor=factor)  # noqa: E731
+    return _call(key, EMBEDDING, spec, form)(ids, weight)
 
 
 def sample(

@@ -120,8 +120,8 @@ class StepProgram:
     ) -> Tensor:
         """Run [embedding], layers first .. first + count, [head] for tokens at `position`.
 
-        Either ids int64 [B, T] or hidden fp32 [B, T, hidden]. cos and sin are fp32 [T, rotary/2] or
-        [B, T, rotary/2]; lengths int32 [B] are the valid slots of left-padded rows. Returns logits
+        Either ids int64 [B, T] or hidden fp32 [B, T, hidden]. cos and sin are fp32 [kinds, T, rotary/2] or
+        [kinds, B, T, rotary/2]; lengths int32 [B] are the valid slots of left-padded rows. Returns logits
         [B, T, vocab], or the hidden states when `head` is False. Keys and values go into the cache.
         """
         source = ids if ids is not None else hidden
@@ -169,7 +169,7 @@ class StepProgram:
             *addresses,
             0 if logits is None else logits.data_ptr(),
             *areas,
-            cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0, lengths.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), cos.stride(1) if cos.dim() == 4 else 0, lengths.data_ptr(),
             *kv.k.stride()[:2], *kv.v.stride()[:2], *ks,
             chunk,
         )  # fmt: skip

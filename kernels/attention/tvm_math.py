@@ -1,4 +1,4 @@
-"""Vector fragments of attention: 2**x, tanh, transposes, and accumulators that stay in registers."""
+"""Vector fragments of attention: 2**x, transposes, and accumulators that stay in registers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ _EXP2_SHORT = (0.9999280727914858, 0.6932609870103537, 0.24261113509319007, 0.05
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-# tanh(x) = x * P(x^2) / Q(x^2) for |x| <= 7.9053; beyond it tanh is 1 in fp32 (Eigen's rational form).
-_TANH_LIMIT = 7.90531110763549805
-_TANH_P = (4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
-           -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16)  # fmt: skip
-_TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -51,22 +46,6 @@ def exp2(x: Any, lanes: int, coefficients: tuple[float, ...] = _EXP2) -> Any:
 def exp2_bf16(x: Any, lanes: int) -> Any:
     """Return 2**x for x <= 0 within 8e-5, far below bf16's rounding; else as `exp2`."""
     return exp2(x, lanes, _EXP2_SHORT)
-
-
-def tanh(x: Any, lanes: int) -> Any:
-    """Return tanh(x) within 1e-6 relative; NaN stays NaN."""
-    value, square = tir.Register("float32", lanes), tir.Register("float32", lanes)
-    limit, low = tir.f32(_TANH_LIMIT, lanes), tir.f32(-_TANH_LIMIT, lanes)
-    value.set(x)
-    value.set(T.Select(value.get() > limit, limit, value.get()))
-    value.set(T.Select(low > value.get(), low, value.get()))
-    square.set(value.get() * value.get())
-    p, q = tir.f32(_TANH_P[-1], lanes), tir.f32(_TANH_Q[-1], lanes)
-    for coefficient in reversed(_TANH_P[:-1]):
-        p = p * square.get() + tir.f32(coefficient, lanes)
-    for coefficient in reversed(_TANH_Q[:-1]):
-        q = q * square.get() + tir.f32(coefficient, lanes)
-    return value.get() * p / q
 
 
 class Registers:

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..shared import tir
 from ..shared.isa.table import Isa
+from ..shared.math import tanh
 from ..shared.tir import T
 from .spec import AttentionSpec
-from .tvm_math import LOG2_E, minus_infinity, tanh
+from .tvm_math import LOG2_E, minus_infinity
 
 Expr = Any
 
@@ -146,7 +147,7 @@ class Problem:
     def finish_scores(self, score: Expr, bias: Expr | None) -> Expr:
         """Return a score vector in units of log2: soft-capped, then biased (`bias` is in log2 units too)."""
         if self.spec.softcap:
-            score = tanh(score, self.lanes) * tir.splat(self.args.cap, self.lanes)
+            score = tanh(score) * tir.splat(self.args.cap, self.lanes)
         return score if bias is None else score + bias
 
     def store_row(

@@ -161,7 +161,7 @@ class Step:
     def _ahead(self, name: str, weight: Any, together: int = 1) -> None:
         """Emit prefetches of where this thread's share of a weight begins: it comes while threads wait."""
         problem, ahead = self.spec.matmul(name), self._prefetch()
-        parts = 2 if problem.epilogue == "silu_pair" else 1
+        parts = 2 if problem.pair else 1
         pieces = -(-problem.n // (parts * BLOCK * together))
         first, _ = shared_range(pieces, self.thread, self.kernel["threads"])
         block_bytes = Geometry(problem.weight, problem.k).block_bytes

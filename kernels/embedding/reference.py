@@ -12,4 +12,5 @@ def embedding(spec: EmbeddingSpec, ids: torch.Tensor, weight: PackedWeight) -> t
     """Return rows ids [...] of the table as [..., k]. Raises EdgeFormerError for an id out of range."""
     check_ids(ids, spec.n)
     rows = weight.unpack().rows(ids.reshape(-1)).dequantize()
+    rows = rows.float() * torch.tensor(spec.factor)
     return rows.to(getattr(torch, spec.out_dtype)).view(*ids.shape, spec.k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 class EmbeddingSpec:
     """Look rows up in a table [n, k] of any WeightFormat, in the packed layout that the head shares.
 
-    value = scale * (code - zero point), or scale * code + minimum, in fp32, rounded once to out_dtype.
+    value = scale * (code - zero point), or scale * code + minimum, in fp32, times `factor`, rounded once to
+    out_dtype.
     The number of ids is a run-time argument; ids are int64 in [0, n).
     """
 
@@ -26,21 +28,25 @@ class EmbeddingSpec:
     weight: WeightFormat
     layout: str
     out_dtype: str = "float32"
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.out_dtype not in TOLERANCE:
             raise UnsupportedError(f"embedding to {self.out_dtype}: known types are {', '.join(TOLERANCE)}")
+        if not 0 < self.factor < math.inf:
+            raise UnsupportedError(f"embedding times {self.factor}; the factor must be positive")
         if self.layout.endswith(".pair"):
             raise UnsupportedError("embedding reads plain tables: pack the weight without pair=True")
 
     @staticmethod
-    def of(weight: PackedWeight, out_dtype: str = "float32") -> EmbeddingSpec:
+    def of(weight: PackedWeight, out_dtype: str = "float32", factor: float = 1.0) -> EmbeddingSpec:
         """Return the problem of looking rows of `weight` up."""
-        return EmbeddingSpec(weight.n, weight.k, weight.format, weight.layout, out_dtype)
+        return EmbeddingSpec(weight.n, weight.k, weight.format, weight.layout, out_dtype, factor)
 
     def key(self) -> str:
         """One line that names the problem completely; n bounds the ids but changes no code."""
-        return f"embedding k={self.k} {self.weight.key()} {self.layout} -> {self.out_dtype}"
+        times = "" if self.factor == 1.0 else f" *{self.factor!r}"
+        return f"embedding k={self.k} {self.weight.key()} {self.layout}{times} -> {self.out_dtype}"
 
     def bytes(self, rows: int) -> int:
         """Return the bytes that have to move for `rows` ids."""

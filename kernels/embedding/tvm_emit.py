@@ -27,7 +27,8 @@ class PackedRow:
     def _float_row(self) -> None:
         values = tir.buffer_at(self.base, self.spec.weight.dtype)
         with tir.loop(self.spec.k) as i:
-            tir.from_f32(self.out, self.out_offset + i, tir.let(tir.to_f32(values, i * BLOCK + self.lane, 1)))
+            value = tir.to_f32(values, i * BLOCK + self.lane, 1)
+            tir.from_f32(self.out, self.out_offset + i, tir.let(self._times_factor(value, 1)))
 
     def _quantized_row(self) -> None:
         fmt, g = self.spec.weight, self.geometry
@@ -89,4 +90,9 @@ class PackedRow:
         if fmt.zero == "integer":
             value = value - tir.splat(zero, width)
         value = value * tir.splat(scale, width)
-        return tir.let(value + tir.splat(zero, width) if fmt.zero == "minimum" else value)
+        value = value + tir.splat(zero, width) if fmt.zero == "minimum" else value
+        return tir.let(self._times_factor(value, width))
+
+    def _times_factor(self, value: Any, width: int) -> Any:
+        factor = self.spec.factor
+        return value if factor == 1.0 else value * tir.f32(factor, width)

@@ -10,7 +10,7 @@ from .spec import NormSpec
 
 
 def _reference(spec: NormSpec, *args: Any) -> Any:
-    return reference.norm_quantized(spec, *args) if spec.group_size else reference.norm(spec, *args)
+    return reference.norm_quantized(spec, *args[:3]) if spec.group_size else reference.norm(spec, *args)
 
 
 OPERATOR = Operator("norm", NormSpec, _reference, (tvm_cpu.FORM, reference_form(_reference)))

@@ -8,10 +8,12 @@ from .spec import NormSpec
 
 
 def norm(
-    spec: NormSpec, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Normalise the last dimension of x; returns the shape of x in spec.out_dtype."""
-    return normalised(spec, x, weight, bias).to(getattr(torch, spec.out_dtype))
+    spec: NormSpec, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Normalise the last dimension of x, add the residual; returns the shape of x in spec.out_dtype."""
+    y = normalised(spec, x, weight, bias)
+    return (y if residual is None else y + residual.float()).to(getattr(torch, spec.out_dtype))
 
 
 def norm_quantized(

@@ -18,7 +18,8 @@ class NormSpec:
     kind "rms": y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), Zhang and Sennrich 2019;
     kind "layer": y = (x - mean) / sqrt(variance + eps) * (weight + weight_offset), Ba et al. 2016;
     plus the bias where there is one. Gemma's weights need weight_offset=1. Arithmetic is fp32
-    throughout, rounded once at the end. With group_size > 0 the fp32 result is not stored but
+    throughout, rounded once at the end. With `residual` an x-like tensor is added to the fp32 result before
+    that. With group_size > 0 the fp32 result is not stored but
     quantised to int8: symmetric, absmax/127 per (row, group), the last group may be shorter.
     """
 
@@ -31,6 +32,7 @@ class NormSpec:
     weight_offset: float = 0.0
     bias: bool = False
     group_size: int = 0
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -43,6 +45,9 @@ class NormSpec:
         if self.dim < 1 or self.group_size < 0:
             raise UnsupportedError(f"norm over {self.dim} elements in groups of {self.group_size}")
 
+        if self.residual and self.group_size:
+            raise UnsupportedError("a norm that quantises its output takes no residual")
+
     @property
     def groups(self) -> int:
         """Return the number of quantised groups in a row (0 when the output is float)."""
@@ -52,6 +57,7 @@ class NormSpec:
         """One line that names the problem completely."""
         out = f"int8/{self.group_size}" if self.group_size else self.out_dtype
         options = f"eps={self.eps!r} offset={self.weight_offset!r} bias={self.bias}"
+        options += " +residual" if self.residual else ""
         return f"norm {self.kind} dim={self.dim} {options} {self.dtype}*{self.weight_dtype}->{out}"
 
     def flops(self, rows: int) -> int:
@@ -62,7 +68,8 @@ class NormSpec:
         """Return the bytes that have to move for `rows` rows."""
         weights = self.dim * FLOAT_BYTES[self.weight_dtype] * (2 if self.bias else 1)
         out = self.dim + 8 * self.groups if self.group_size else self.dim * FLOAT_BYTES[self.out_dtype]
-        return weights + rows * (self.dim * FLOAT_BYTES[self.dtype] + out)
+        read = self.dim * FLOAT_BYTES[self.dtype] * (2 if self.residual else 1)
+        return weights + rows * (read + out)
 
 
 def examples() -> list[NormSpec]:
@@ -74,4 +81,5 @@ def examples() -> list[NormSpec]:
             "rms", 2048, 1e-6, dtype="bfloat16", weight_dtype="bfloat16", weight_offset=1.0, group_size=128
         ),
         NormSpec("layer", 768, 1e-5, bias=True),
+        NormSpec("rms", 2304, 1e-6, residual=True),
     ]

@@ -36,6 +36,7 @@ def lower(spec: NormSpec, configuration: Configuration, target: Target) -> list[
             ("x", "*" + spec.dtype),
             ("weight", "*" + spec.weight_dtype),
             ("bias", "*" + spec.weight_dtype),
+            ("residual", "*" + spec.dtype),
         ]
         if spec.group_size:
             args += [("codes", "*int8"), ("scale", "*float32"), ("sums", "*int32")]
@@ -48,27 +49,37 @@ def lower(spec: NormSpec, configuration: Configuration, target: Target) -> list[
             if spec.group_size:
                 emitter.quantize(k["weight"], k["bias"], k["codes"], k["scale"], k["sums"], row)
             else:
-                emitter.store(k["weight"], k["bias"], k["out"], tir.let(row * spec.dim))
+                at = tir.let(row * spec.dim)
+                emitter.store(k["weight"], k["bias"], k["out"], at, k["residual"], at)
         functions.append(k.finish())
     return functions
 
 
 def bind(spec: NormSpec, configuration: Configuration, target: Target, library: Any) -> Callable[..., Any]:
-    """Return call(x [..., D], weight [D], bias=None) -> y, or (codes, scale, sums) when quantising."""
+    """Return call(x [..., D], weight [D], bias=None, residual=None) -> y, or (codes, scale, sums)."""
     serial, threaded = library.function("norm"), library.function("norm_parallel")
     out_dtype, dim, groups = getattr(torch, spec.out_dtype), spec.dim, spec.groups
 
-    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    def call(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> Any:  # fmt: skip
         _check(x, spec.dtype, dim)
         weight = _vector(weight, spec.weight_dtype, dim)
         if spec.bias:
             if bias is None:
                 raise EdgeFormerError("this norm was bound with a bias, and called without one")
             bias = _vector(bias.to(weight.dtype), spec.weight_dtype, dim)
+        if spec.residual:
+            if residual is None or residual.shape != x.shape:
+                raise EdgeFormerError(f"this norm was bound with a residual of the shape {tuple(x.shape)}")
+            _check(residual, spec.dtype, dim)
+            residual = residual.contiguous()
         rows = x.numel() // dim
         flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(rows, dim).contiguous()
         function = threaded if rows > 1 and rows * dim >= PARALLEL_ELEMENTS else serial
-        inputs = (flat.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        added = residual.data_ptr() if spec.residual and residual is not None else 0
+        inputs = (flat.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), added)
         if groups:
             codes = torch.empty(x.shape, dtype=torch.int8)
             scale = torch.empty((*x.shape[:-1], groups), dtype=torch.float32)

@@ -27,15 +27,30 @@ class NormRow:
         square_mean = self._sum(lambda v: v * v) / tir.f32(spec.dim)
         self.inverse = tir.let(tir.f32(1.0) / T.sqrt(square_mean + tir.f32(spec.eps)))
 
-    def store(self, weight: Any, bias: Any, out: Any, out_offset: Any) -> None:
-        """Store the normalised row to out[out_offset:] (may be x itself)."""
+    def store(
+        self,
+        weight: Any,
+        bias: Any,
+        out: Any,
+        out_offset: Any,
+        residual: Any = None,
+        residual_offset: Any = 0,
+    ) -> None:
+        """Store the normalised row plus residual[residual_offset:] to out[out_offset:] (may be x)."""
         dim, lanes = self.spec.dim, self.lanes
         main = dim // lanes * lanes
+
+        def place(i: Any, width: int) -> None:
+            value = self._value(weight, bias, i, width)
+            if self.spec.residual:
+                value = value + tir.to_f32(residual, residual_offset + i, width)
+            tir.from_f32(out, out_offset + i, value)
+
         if main:
             with tir.loop(main // lanes) as i:
-                tir.from_f32(out, out_offset + i * lanes, self._value(weight, bias, i * lanes, lanes))
+                place(i * lanes, lanes)
         for start, width in pieces(dim - main, lanes):
-            tir.from_f32(out, out_offset + (main + start), self._value(weight, bias, main + start, width))
+            place(main + start, width)
 
     def quantize(self, weight: Any, bias: Any, codes: Any, scale: Any, sums: Any, row: Any) -> None:
         """Quantise the normalised row: codes [rows, dim], scale and sums [rows, groups]."""

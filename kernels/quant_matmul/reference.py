@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import gelu, silu
 
 from .spec import SMALLEST, QuantMatmulSpec
 from .weight_format import CanonicalWeight
@@ -58,9 +59,11 @@ def quant_matmul(
             y = y + torch.einsum("mg,ng->mn", codes.double().sum(2) * scales.double(), weight.zero.double())
     if bias is not None:
         y = y + bias.double()
-    if spec.epilogue == "silu_pair":
+    if spec.pair:
         gate, up = y.chunk(2, 1)
-        y = gate * torch.sigmoid(gate) * up
+        y = (silu(gate) if spec.epilogue == "silu_pair" else gelu(gate, approximate="tanh")) * up
+    if spec.softcap:
+        y = spec.softcap * torch.tanh(y / spec.softcap)
     if residual is not None:
         y = y + residual.double()
     return y.to(x.dtype)

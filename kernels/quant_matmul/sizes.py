@@ -39,7 +39,7 @@ def matrix_plan(spec: QuantMatmulSpec) -> MatrixPlan:
         return MatrixPlan(k, 1, 1)
     slices = -(-k // (_MOST_DEPTH // step * step))
     depth = -(-k // (slices * step)) * step
-    parts = 2 if spec.epilogue == "silu_pair" else 1
+    parts = 2 if spec.pair else 1
     blocks = -(-spec.n // (parts * BLOCK))
     return MatrixPlan(depth, max(1, min(8 // parts, blocks // 8)), 16)
 
@@ -73,7 +73,7 @@ def element_bytes(spec: QuantMatmulSpec, isa: str) -> int:
 
 def panel_bytes(spec: QuantMatmulSpec, isa: str) -> int:
     """Return the bytes of one thread's panels: one, or a gate and up pair."""
-    parts = 2 if spec.epilogue == "silu_pair" else 1
+    parts = 2 if spec.pair else 1
     if uses_matrix(spec):  # and the fp32 sums
         plan = matrix_plan(spec)
         sums = plan.units * parts * plan.row_tiles if plan.depth < padded_k(spec) else 1

@@ -134,7 +134,7 @@ def many_share(c: Context, thread: Any) -> None:
         matrix_share(c, thread)
         return
     spec, kernel, tiles = c.spec, c.kernel, row_tiles(c)
-    parts = 2 if spec.epilogue == "silu_pair" else 1
+    parts = 2 if spec.pair else 1
     size = panel_bytes(spec, c.isa.name) // parts
     with claimed(kernel["counter"], T.int64(units(c))) as unit:
         panels = []
@@ -176,7 +176,7 @@ def _unit(c: Context, unit: Any, row0: Any, compute: Callable[..., None]) -> Non
     isa = c.isa
     for first in range(0, BLOCK // isa.lanes, c.vectors):
         column = tir.let(unit * BLOCK + first * isa.lanes)
-        if c.spec.epilogue == "silu_pair":
+        if c.spec.pair:
             gate, up = Tile(isa, c.rows, c.vectors), Tile(isa, c.rows, c.vectors)
             for part, tile in enumerate((gate, up)):
                 extra = {"part": part} if compute.__defaults__ else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..shared import tir
 from ..shared.isa.table import Isa
-from ..shared.math import silu
+from ..shared.math import gelu, silu, tanh
 from ..shared.tir import T
 from .packing import BLOCK, Geometry
 from .sizes import is_integer, padded_k, uses_matrix, uses_pairs
@@ -114,7 +114,7 @@ def shared_range(total: Any, thread: Any, threads: Any) -> tuple[Any, Any]:
 
 def units(c: Context) -> int:
     """Return how many column blocks (of a gated epilogue: pairs of blocks) there are."""
-    parts = 2 if c.spec.epilogue == "silu_pair" else 1
+    parts = 2 if c.spec.pair else 1
     return -(-(c.spec.n // parts) // BLOCK)
 
 
@@ -144,7 +144,9 @@ def finished(c: Context, row: Any, at: Any, width: int, first: Any, second: Any)
     if second is not None:
         if spec.bias:
             second = second + tir.load(kernel["bias"], at + n, width)
-        first = silu(first) * second
+        first = (silu(first) if spec.epilogue == "silu_pair" else gelu(first)) * second
+    if spec.softcap:
+        first = tanh(first * tir.f32(1 / spec.softcap, width)) * tir.f32(spec.softcap, width)
     if spec.residual:
         first = first + tir.to_f32(kernel["residual"], row * n + at, width)
     return first

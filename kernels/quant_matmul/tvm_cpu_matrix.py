@@ -55,7 +55,7 @@ def _flat_share(c: Context, area: Any) -> None:
 def _deep_share(c: Context, area: Any, plan: MatrixPlan) -> None:
     """K in slices: of some rows and a slice, x stays in L2 for several panels, whose sums lie beside it."""
     kernel, total, slices = c.kernel, units(c), -(-c.k_padded // plan.depth)
-    tiles, count_of = row_tiles(c), 2 if c.spec.epilogue == "silu_pair" else 1
+    tiles, count_of = row_tiles(c), 2 if c.spec.pair else 1
     results = tir.let(area + plan.depth * BLOCK * 2)
     sums_bytes = plan.row_tiles * _RESULT_BYTES
     with claimed(kernel["counter"], T.int64(-(-total // plan.units))) as some:
@@ -101,7 +101,7 @@ class _Panel:
 
 def _panels(c: Context, unit: Any) -> list[_Panel]:
     """Return the panels of a unit."""
-    if c.spec.epilogue != "silu_pair":
+    if not c.spec.pair:
         stream = stream_of(c, unit)
         return [_Panel([(stream, 0), (stream, 1)], tir.let(unit * BLOCK))]
     gate, up = (stream_of(c, unit * 2 + part) for part in range(2))
@@ -243,7 +243,7 @@ def _multiply_tiles(
 def _finish(c: Context, columns: _Panel, row0: Any, rows: Any, results: Any) -> None:
     """Emit the epilogue of 32 x 32 sums at address `results`."""
     values = tir.buffer_at(results, "float32")
-    pair = c.spec.epilogue == "silu_pair"
+    pair = c.spec.pair
     with tir.loop(rows) as r:
         row = tir.let(row0 + r)
         left, right = (tir.let(tir.load(values, r * BLOCK + half * TILE, TILE)) for half in range(2))

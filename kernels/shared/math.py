@@ -20,6 +20,12 @@ _LN2_HIGH = 0.693359375  # ln(2) in two parts: n * high is exact in fp32
 _LN2_LOW = -2.12194440e-4
 _EXP_LOW = -86.98  # below it the result is zero: exp(-86.98) = 1.7e-38, next to the last normal numbers
 _EXP_HIGH = 89.0  # above ln(FLT_MAX) = 88.72: the result is inf
+# tanh(x) = x * P(x^2) / Q(x^2) for |x| <= 7.9053; beyond it tanh is 1 in fp32 (Eigen's rational form).
+_TANH_LIMIT = 7.90531110763549805
+_TANH_P = (4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
+           -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16)  # fmt: skip
+_TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+_GELU_LINEAR, _GELU_CUBIC = 1.5957691216057308, 0.07135481282553254  # 2 sqrt(2 / pi), and 0.044715 times it
 
 
 def exp(x: Any) -> Any:
@@ -55,6 +61,30 @@ def silu(x: Any) -> Any:
     lanes = tir.lanes_of(x)
     x = hold(x)
     return hold(x / (tir.f32(1.0, lanes) + exp(tir.f32(0.0, lanes) - x)))
+
+
+def gelu(x: Any) -> Any:
+    """Return GELU in its tanh form, x * (1 + tanh(u)) / 2 = x / (1 + e**-2u); -inf gives NaN."""
+    lanes = tir.lanes_of(x)
+    x = hold(x)
+    slope = x * x * tir.f32(-_GELU_CUBIC, lanes) - tir.f32(_GELU_LINEAR, lanes)
+    return hold(x / (tir.f32(1.0, lanes) + exp(x * slope)))
+
+
+def tanh(x: Any) -> Any:
+    """Return tanh(x) within 1e-6 relative; NaN stays NaN."""
+    lanes = tir.lanes_of(x)
+    limit, low = tir.f32(_TANH_LIMIT, lanes), tir.f32(-_TANH_LIMIT, lanes)
+    value = hold(x)
+    value = hold(T.Select(value > limit, limit, value))
+    value = hold(T.Select(low > value, low, value))
+    square = hold(value * value)
+    p, q = tir.f32(_TANH_P[-1], lanes), tir.f32(_TANH_Q[-1], lanes)
+    for coefficient in reversed(_TANH_P[:-1]):
+        p = p * square + tir.f32(coefficient, lanes)
+    for coefficient in reversed(_TANH_Q[:-1]):
+        q = q * square + tir.f32(coefficient, lanes)
+    return hold(value * p / q)
 
 
 def hold(value: Any) -> Any:

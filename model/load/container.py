@@ -54,6 +54,12 @@ class TensorInfo:
     offset: int  # from the start of the file
     nbytes: int
 
+    def part(self, start: int, stop: int) -> TensorInfo:
+        """Return rows [start, stop), which lie one after the other."""
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return TensorInfo(self.name, self.type, shape, self.offset + start * row, (stop - start) * row)
+
 
 class _Cursor:
     """A position in the header; running past the end is a FormatError, never a struct or index error."""
@@ -200,7 +206,11 @@ class Container:
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of a tensor (uint8, one dimension, writable)."""
-        info = self.info(name)
+        return self.read_info(self.info(name))
+
+    def read_info(self, info: TensorInfo) -> np.ndarray:
+        """The bytes of a tensor, or of the rows that ``info.part`` gives."""
+        name = info.name
         try:
             data = np.fromfile(self.path, dtype=np.uint8, count=info.nbytes, offset=info.offset)
         except OSError as error:

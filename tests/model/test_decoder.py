@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from edgeformer.compiler.errors import CapacityError, UnsupportedError
-from edgeformer.model.config import DecoderConfig
-from edgeformer.model.decoder import Decoder, rope_tables
+from edgeformer.model.config import ModelConfig
+from edgeformer.model.decoder import Decoder
 from edgeformer.model.evaluate import reference_hidden
 from edgeformer.model.load.gguf import GGUFCheckpoint
+from edgeformer.model.rope import Rope
 from edgeformer.runtime.dispatch import use_target
 from edgeformer.runtime.kv_cache import KVCache
 
@@ -136,17 +137,17 @@ def test_int8_activations_stay_close(make_gguf):
 
 def test_bias_partial_rotation_and_rope_factors():
     """Against the plain PyTorch reference of model.evaluate, where transformers' Llama has no such option."""
-    config = DecoderConfig(
+    config = ModelConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=32, max_context=32, rotary_dim=16, rope_scale=2.0, rope_factors=(1.0,) * 4 + (4.0,) * 4,
-        attention_bias=True,
+        head_dim=32, max_context=32, rotary_dim=16, attention_bias=True,
+        rope=Rope(scaling="linear", factor=2.0, factors=(1.0,) * 4 + (4.0,) * 4),
     )  # fmt: skip
     decoder = Decoder.from_checkpoint(RandomCheckpoint(config), activation="float")
     ids = torch.arange(20)
     got = decoder(ids[None], new_cache(decoder), 0, last_only=False)[0]
     expected = reference_hidden(decoder, [ids])[0] @ decoder.head.weight.unpack().dequantize().T
     assert error(got, expected) < TOLERANCE
-    cos, _ = rope_tables(config, 32)
+    cos, _ = config.rope.tables(config.rotary, 32)
     assert cos.shape == (32, 8)
     assert torch.allclose(cos[:, 7], torch.cos(torch.arange(32) / 2 / 4 / 10000 ** (14 / 16)), atol=1e-6)
 
@@ -154,7 +155,7 @@ def test_bias_partial_rotation_and_rope_factors():
 class RandomCheckpoint:
     """Weights of any config, as a loader would give them."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
         c = config
         self.random = torch.Generator().manual_seed(3)

@@ -92,7 +92,7 @@ def test_untied_head_and_options(make_gguf):
     tiny = make_gguf("F16", tied=False, metadata={"llama.rope.freq_base": 5e5})
     checkpoint = GGUFCheckpoint(tiny.path)
     assert not checkpoint.config.tie_embeddings
-    assert checkpoint.config.rope_theta == 5e5
+    assert checkpoint.config.rope.theta == 5e5
     assert torch.equal(checkpoint.weight("head").dequantize(), tiny.values["output.weight"])
 
 
@@ -101,8 +101,8 @@ def test_untied_head_and_options(make_gguf):
     [
         ({"type": "Q5_0"}, UnsupportedError, "Q5_0"),
         ({"metadata": {"llama.expert_count": 4}}, UnsupportedError, "experts"),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, UnsupportedError, "yarn"),
-        ({"metadata": {"llama.attention.sliding_window": 64}}, UnsupportedError, "sliding"),
+        ({"metadata": {"llama.rope.scaling.type": "dynamic"}}, UnsupportedError, "none, linear, yarn"),
+        ({"metadata": {"llama.attention.sliding_window": 0.5}}, FormatError, "sliding_window"),
         ({"metadata": {"llama.rope.dimension_count": 63}}, UnsupportedError, "rotary_dim"),
         ({"extra": {"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}}, UnsupportedError, "attn_q_norm"),
         ({"drop": ("blk.1.ffn_up.weight",)}, FormatError, "ffn_up"),
