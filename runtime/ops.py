@@ -26,6 +26,8 @@ from ..kernels.rope import OPERATOR as ROPE
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.sampling import OPERATOR as SAMPLING
 from ..kernels.sampling.spec import SamplingOptions, SamplingSpec
+from ..kernels.sparse_mlp import OPERATOR as SPARSE_MLP
+from ..kernels.sparse_mlp import SparseMlpSpec
 from . import dispatch
 from .dispatch import bound
 from .kv_cache import LayerKV
@@ -377,6 +379,49 @@ def mla(
         cache_scale=cache_scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def sparse_mlp(
+    x: torch.Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    threshold: float = 0.0,
+    indices: torch.Tensor | None = None,
+    activation: str = "silu",
+    arithmetic: str = "int8",
+    form: str | None = None,
+) -> torch.Tensor:
+    """Return down(act(gate(x)) * up(x)) [..., K] of the active blocks of neurons only, in x's dtype.
+
+    x is [..., K]; `gate_up` the packed pair [2 F, K], `down` the packed [K, F], both as the dense MLP has
+    them. Active are the blocks with a |act(gate)| >= `threshold` in a row, or those that int `indices` [n]
+    name; see SparseMlpSpec. Made for few rows: at one row it is never slower than the dense MLP, but for
+    prompts the dense MLP is the one to call. Raises UnsupportedError for other shapes and types.
+    """
+    hidden, neurons = down.n, down.k
+    if x.dim() == 0 or x.shape[-1] != hidden:
+        raise UnsupportedError(f"x is {tuple(x.shape)}, but the MLP wants [..., {hidden}]")
+    select = "threshold" if indices is None else "indices"
+    key = (
+        "sparse_mlp",
+        hidden,
+        neurons,
+        gate_up.format,
+        down.format,
+        activation,
+        select,
+        arithmetic,
+        x.dtype,
+    )
+
+    def spec() -> SparseMlpSpec:
+        formats = (gate_up.format, down.format)
+        return SparseMlpSpec(hidden, neurons, *formats, activation, select, arithmetic, dtype_name(x, "x"))
+
+    flat = x.reshape(-1, hidden).contiguous()
+    options = {"threshold": threshold} if indices is None else {"indices": indices}
+    return _call((*key, form), SPARSE_MLP, spec, form)(flat, gate_up, down, **options).view(x.shape)
 
 
 def _kv_name(k: torch.Tensor) -> str:

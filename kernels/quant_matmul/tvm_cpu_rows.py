@@ -43,7 +43,7 @@ def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[s
     size, full = spec.weight.group_size, spec.k // spec.weight.group_size
 
     def one(source: Any, at: Any, group: Any) -> None:
-        _quantize_group(isa, spec, source, at, out, row, group)
+        quantize_group(isa, spec, source, at, out, row, group)
 
     if full:
         with tir.loop(full) as group:
@@ -57,9 +57,10 @@ def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[s
         one(padded, T.int64(0), T.int64(full))
 
 
-def _quantize_group(
+def quantize_group(
     isa: Isa, spec: QuantMatmulSpec, x: Any, at: Any, out: dict[str, Any], row: Any, group: Any
 ) -> None:
+    """Emit: quantise one group of row `row`, its values at element `at` of x (see `quantize_row`)."""
     lanes, size = isa.lanes, spec.weight.group_size
     g = Geometry(spec.weight, spec.k)
     largest, poison = tir.Register("float32", lanes), tir.Register("float32", lanes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,13 @@ class Stream:
         first = (self.at + group * self.geometry.group_bytes + at) // size + vector * self.isa.lanes
         return tir.to_f32(self.views["scale"], first, self.isa.lanes)
 
+    @contextlib.contextmanager
+    def each_group(self, ahead: Prefetch) -> Iterator[Any]:
+        """Emit a loop over the groups of a row, with prefetches."""
+        with tir.loop(self.geometry.groups) as group:
+            self.prefetch_group(group, ahead)
+            yield group
+
     def prefetch_group(self, group: Any, ahead: Prefetch) -> None:
         """Emit prefetches of the lines that lie so far ahead of one group's."""
         if ahead.distance:
@@ -154,8 +162,7 @@ def int_tile(
         chunk -= 1
 
     tile.clear()
-    with tir.loop(g.groups) as group:
-        stream.prefetch_group(group, prefetch)
+    with stream.each_group(prefetch) as group:
         entries = tir.let(act.row0 * g.groups + group * rows)  # scales lie as [row tiles][groups][rows]
         acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
         acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
@@ -333,7 +340,7 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
         return
     g = stream.geometry
     run = 4 * g.planes
-    with tir.loop(g.groups) as group, tir.loop(spec.weight.group_size // run) as step:
+    with stream.each_group(_NO_PREFETCH) as group, tir.loop(spec.weight.group_size // run) as step:
         for v in range(tile.vectors):
             for i, value in enumerate(float_weights(stream, group, step, first_vector + v)):
                 for r in range(tile.rows):

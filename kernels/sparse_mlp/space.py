@@ -1,0 +1,22 @@
+"""The CPU form's tuning space: rows of a tile, prefetch, and the density from which all blocks are read."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from ...compiler.target import Target
+from ..quant_matmul.space import prefetches
+from .spec import SparseMlpSpec
+
+_ROWS = {"avx2": (4, 2), "portable": (2, 1)}
+_DENSE_FROM = (90, 80, 100)  # percent of the blocks, the default first
+
+
+def space(spec: SparseMlpSpec, target: Target) -> list[dict[str, Any]]:
+    """Return every configuration, the default first."""
+    rows = _ROWS.get(target.isa, (4, 8))
+    return [
+        {"small_rows": small, **prefetch, "dense_from": dense}
+        for small, prefetch, dense in itertools.product(rows, prefetches(target), _DENSE_FROM)
+    ]
