@@ -1,7 +1,7 @@
 """The layers that hold weights: a quantised linear, an embedding and an RMSNorm, over the runtime's ops.
 
 Only the packed buffer of a weight is in memory. ``state_dict()`` holds the canonical form (``codes``,
-``scale``, ``zero`` and ``format``), so that a checkpoint moves between machines with other layouts.
+``scale``, ``zero``, ... and ``format``), so that a checkpoint moves between machines with other layouts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compiler.errors import FormatError
 from ..kernels.quant_matmul import CanonicalWeight, PackedWeight, QuantMatmulSpec, WeightFormat, pack
+from ..kernels.quant_matmul.weight_format import TENSORS
 from ..runtime import ops
 
 GATES = {"silu": "silu_pair", "gelu_tanh": "gelu_pair"}  # a gate's activation -> the epilogue of its pair
@@ -34,11 +35,7 @@ class PackedModule(nn.Module):
         if not self.saved:
             return
         weight = self.weight.unpack()
-        destination[prefix + "codes"] = weight.codes
-        if weight.scale is not None:
-            destination[prefix + "scale"] = weight.scale
-        if weight.zero is not None:
-            destination[prefix + "zero"] = weight.zero
+        destination.update({prefix + name: tensor for name, tensor in weight.tensors().items()})
         text = json.dumps(dataclasses.asdict(weight.format))
         destination[prefix + "format"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
@@ -46,7 +43,7 @@ class PackedModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        own = {name: state_dict.get(prefix + name) for name in ("codes", "scale", "zero", "format")}
+        own = {name: state_dict.get(prefix + name) for name in (*TENSORS, "format")}
         rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in own}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -66,9 +63,8 @@ class PackedModule(nn.Module):
             fmt = WeightFormat(**json.loads(bytes(layout.tolist())))
         except (TypeError, ValueError) as error:
             raise FormatError(f"{prefix}format does not describe a weight format: {error}") from error
-        self.weight = pack(
-            CanonicalWeight(fmt, codes, own["scale"], own["zero"]), self.target, pair=self.weight.pair
-        )
+        rest = [own[name] for name in TENSORS[1:]]
+        self.weight = pack(CanonicalWeight(fmt, codes, *rest), self.target, pair=self.weight.pair)
 
     def extra_repr(self) -> str:
         return f"n={self.weight.n}, k={self.weight.k}, format={self.weight.format}"

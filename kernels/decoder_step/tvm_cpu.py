@@ -19,7 +19,7 @@ from ..norm.tvm_emit import NormRow
 from ..quant_matmul.packing import BLOCK, Geometry
 from ..quant_matmul.tvm_cpu import direct_share, many_rows, prepare_row
 from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
-from ..quant_matmul.tvm_cpu_tiles import Prefetch
+from ..quant_matmul.tvm_cpu_stream import Prefetch
 from ..rope.spec import RopeSpec
 from ..rope.tvm_emit import emit_rope_row
 from ..shared import tir

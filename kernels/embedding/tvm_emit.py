@@ -31,31 +31,32 @@ class PackedRow:
             tir.from_f32(self.out, self.out_offset + i, tir.let(self._times_factor(value, 1)))
 
     def _quantized_row(self) -> None:
-        fmt, g = self.spec.weight, self.geometry
+        fmt = self.spec.weight
         whole = self.spec.k // fmt.group_size
         with tir.loop(whole) as group:
             self._group(group, fmt.group_size)
         if self.spec.k % fmt.group_size:
-            self._group(tir.let(T.int64(g.groups - 1)), self.spec.k % fmt.group_size)
+            self._group(tir.let(T.int64(whole)), self.spec.k % fmt.group_size)
 
     def _group(self, group: Any, size: int) -> None:
-        """Decode `size` values of one group; a run of 4 bytes holds 4 values of every plane."""
+        """Decode `size` values of one group; a run of 4 bytes holds 4 values of every field of its plane."""
         fmt, g = self.spec.weight, self.geometry
-        base = tir.let(self.base + group * g.group_bytes)
-        scale = self._scalar(base + g.code_bytes, fmt.scale_dtype)
-        shift = {"integer": "uint8", "minimum": fmt.scale_dtype}.get(fmt.zero)
-        zero = self._scalar(base + (g.code_bytes + g.scale_bytes), shift) if shift else None
-        codes = tir.buffer_at(base, self._code_type)
+        scale = self._scalar(g.scales_at(group), fmt.scale_dtype, group, False)
+        zero = None
+        if g.zero_bytes:
+            dtype = "uint8" if fmt.torch_zero_dtype.itemsize == 1 else fmt.scale_dtype
+            zero = self._scalar(g.zeros_at(group), dtype, group, True)
+        codes = tir.buffer_at(tir.let(self.base + g.codes_at(group)), self._code_type)
         start = tir.let(self.out_offset + group * fmt.group_size)
         run = 4 * g.planes
         with tir.loop(size // run) as s:
-            word = tir.let(tir.load(codes, (s * BLOCK + self.lane) * 4, 4))
+            words = self._words(codes, s, 0, 4)
             for plane in range(g.planes):
-                value = self._value(self._plane(word, plane, 4), scale, zero, 4)
+                value = self._value(self._plane(words, plane), scale, zero, 4)
                 tir.from_f32(self.out, start + s * run + 4 * plane, value)
         for i in range(size // run * run, size):
-            byte = tir.let(tir.load(codes, (self.lane + (i // run) * BLOCK) * 4 + i % 4, 1))
-            value = self._value(self._plane(byte, i % run // 4, 1), scale, zero, 1)
+            byte = self._words(codes, i // run, i % 4, 1)
+            value = self._value(self._plane(byte, i % run // 4), scale, zero, 1)
             tir.from_f32(self.out, start + i, value)
 
     @property
@@ -63,19 +64,45 @@ class PackedRow:
         signed = self.spec.weight.bits == 8 and "unsigned" not in self.spec.layout
         return "int8" if signed else "uint8"
 
-    def _scalar(self, address: Any, dtype: str) -> Any:
-        buffer = tir.buffer_at(tir.let(address), dtype)
-        return tir.let(
-            tir.cast(tir.load(buffer, self.lane), "float32") if dtype == "uint8" else self._f32(buffer)
-        )
+    def _scalar(self, at: Any, dtype: str, group: Any, minimum: bool) -> Any:
+        """Return this row's scale or zero at byte `at` of the block, with its block's factor."""
+        value = self._at(self.base + at, dtype)
+        if self.spec.weight.block_size:
+            block = group // self.geometry.per_block
+            value = value * self._at(self.base + self.geometry.factors_at(block, minimum), "float16")
+        return tir.let(value)
 
-    def _f32(self, buffer: Any) -> Any:
+    def _at(self, address: Any, dtype: str) -> Any:
+        buffer = tir.buffer_at(tir.let(address), dtype)
+        if dtype in ("uint8", "int8"):
+            return tir.cast(tir.load(buffer, self.lane), "float32")
         return tir.to_f32(buffer, self.lane, 1)
 
-    def _plane(self, packed: Any, plane: int, width: int) -> Any:
-        bits = self.spec.weight.bits
+    def _words(self, codes: Any, step: Any, byte: int, width: int) -> list[Any]:
+        """Return, for each plane, its runs of this row of a step: `width` bytes from `byte` on."""
+        fmt, g, words, before = self.spec.weight, self.geometry, [], 0
+        for bits in fmt.plane_bits:
+            runs = g.planes * bits // 8
+            for i in range(runs):
+                at = before + ((step * runs + i) * BLOCK + self.lane) * 4 + byte
+                words.append((tir.let(tir.load(codes, at, width)), width))
+            before += BLOCK * fmt.group_size * bits // 8
+        return words
+
+    def _plane(self, words: list[Any], p: int) -> Any:
+        """Return field `p` of every plane, put together, as int32."""
+        bits, *high = self.spec.weight.plane_bits
+        count = 8 // bits
+        code = self._field(words[p // count], p % count * bits, bits)
+        if high:
+            top = self._field(words[-1], p * high[0], high[0])
+            code = T.bitwise_or(code, T.shift_left(top, tir.i32(bits, words[-1][1])))
+        return code
+
+    def _field(self, word: tuple[Any, int], at: int, bits: int) -> Any:
+        packed, width = word
         if bits < 8:
-            packed = T.shift_right(packed, tir.splat(T.uint8(plane * bits), width)) if plane else packed
+            packed = T.shift_right(packed, tir.splat(T.uint8(at), width)) if at else packed
             packed = T.bitwise_and(packed, tir.splat(T.uint8((1 << bits) - 1), width))
         return tir.cast(packed, "int32")
 

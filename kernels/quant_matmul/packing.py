@@ -1,9 +1,12 @@
 """Weight layouts: `n32` streams blocks of 32 rows of W, group by group, codes beside their scales.
 
 One block of 32 output columns and one group of G inputs is one run of bytes:
-    codes   [G/(4P)][32][4]  P = 8/bits planes; plane p of byte run s holds k = s*4P + 4p .. +3
+    codes   [G/(4P)][32][4]  P = 8/bits codes a byte; code p of byte run s is k = s*4P + 4p .. +3
     scale   [32]             scale dtype
     zero    [32]             minima (scale dtype) or zero points (uint8), if the format has them
+5 and 6 bits are a plane of the 4 low bits, then one of the 1 or 2 high bits, each laid out so.
+Where scales have two levels, a block of inputs (256) is one run: the codes of its groups, their scales,
+their zeros, then the block's fp16 factors of scales [32] and of minima [32].
 Blocks follow each other: decode reads one linear stream. Float weights are [N/32][K][32].
 `signed` in a layout's name says that 8-bit codes are stored as signed bytes, else as code + 128.
 With `pair`, blocks of the first half of the rows (gate) alternate with blocks of the second (up).
@@ -44,8 +47,8 @@ class Geometry:
 
     @property
     def planes(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.format.bits
+        """Dot products (of 4 values a column) in a step: what one vector of the thinnest plane holds."""
+        return 8 // min(self.format.plane_bits)
 
     @property
     def code_bytes(self) -> int:
@@ -55,17 +58,53 @@ class Geometry:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of one group of a block."""
-        return BLOCK * _BYTES[self.format.scale_dtype]
+        return BLOCK * self.format.torch_scale_dtype.itemsize
 
     @property
     def zero_bytes(self) -> int:
         """Bytes of the zeros of one group of a block."""
-        return {"minimum": self.scale_bytes, "integer": BLOCK}.get(self.format.zero, 0)
+        if self.format.zero not in ("minimum", "integer"):
+            return 0
+        return BLOCK * self.format.torch_zero_dtype.itemsize
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the fp16 factors of scales (and as many of minima) of one block of inputs."""
+        return 2 * BLOCK if self.format.block_size else 0
+
+    @property
+    def per_block(self) -> int:
+        """Groups whose codes, scales and zeros stand together: those of a block of inputs, or one."""
+        return self.format.block_size // self.format.group_size if self.format.block_size else 1
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of one group of a block."""
-        return self.code_bytes + self.scale_bytes + self.zero_bytes
+        """Bytes of one group of a block, its part of the factors included."""
+        factors = self.factor_bytes * (2 if self.zero_bytes else 1)
+        return self.code_bytes + self.scale_bytes + self.zero_bytes + factors // self.per_block
+
+    def codes_at(self, group: Any) -> Any:
+        """Where the codes of a group begin; like the others for an int, or an expression of a kernel."""
+        return self._part_at(group, 0, self.code_bytes)
+
+    def scales_at(self, group: Any) -> Any:
+        """Where the scales of a group begin."""
+        return self._part_at(group, self.code_bytes, self.scale_bytes)
+
+    def zeros_at(self, group: Any) -> Any:
+        """Where the zeros of a group begin."""
+        return self._part_at(group, self.code_bytes + self.scale_bytes, self.zero_bytes)
+
+    def factors_at(self, block: Any, minimum: bool = False) -> Any:
+        """Where the factors of a block of inputs begin: of its scales, or of its minima."""
+        before = self.per_block * (self.code_bytes + self.scale_bytes + self.zero_bytes)
+        return block * (self.per_block * self.group_bytes) + before + (self.factor_bytes if minimum else 0)
+
+    def _part_at(self, group: Any, before: int, size: int) -> Any:
+        if self.per_block == 1:
+            return group * self.group_bytes + before
+        block, inside = group // self.per_block, group % self.per_block
+        return block * (self.per_block * self.group_bytes) + self.per_block * before + inside * size
 
     @property
     def block_bytes(self) -> int:
@@ -151,7 +190,7 @@ def pack(
     Raises UnsupportedError for a pair with an odd number of rows and for a weight that wants a gradient.
     """
     fmt, n, k = weight.format, weight.n, weight.k
-    if any(t is not None and t.requires_grad for t in (weight.codes, weight.scale, weight.zero)):
+    if any(t.requires_grad for t in weight.tensors().values()):
         raise UnsupportedError(_NO_GRADIENT)
     if pair and n % 2:
         raise UnsupportedError(f"a gate and up pair needs an even number of rows, not {n}")
@@ -191,17 +230,47 @@ def _pack_blocks(weight: CanonicalWeight, index: torch.Tensor, g: Geometry, layo
         )
     elif fmt.bits == 8 and "unsigned" not in layout:
         codes = codes.bitwise_xor(128)
-    planes = g.planes
-    runs = codes.view(blocks, BLOCK, g.groups, fmt.group_size // (4 * planes), planes, 4).permute(
-        0, 2, 3, 4, 1, 5
-    )
-    packed = torch.zeros(blocks, g.groups, fmt.group_size // (4 * planes), BLOCK, 4, dtype=torch.uint8)
-    for p in range(planes):
-        packed |= runs[:, :, :, p] << (p * fmt.bits)
-    parts = [packed.view(blocks, g.groups, -1), _by_group(_take(weight.scale, index, g.groups), blocks)]
+    parts = [_pack_planes(codes, blocks, g), _by_group(_take(weight.scale, index, g.groups), blocks)]
     if weight.zero is not None:
         parts.append(_by_group(_take(weight.zero, index, g.groups), blocks))
+    if fmt.block_size:
+        parts = [part.reshape(blocks, g.groups // g.per_block, -1) for part in parts]
+        for factors in (weight.block_scale, weight.block_zero):
+            if factors is not None:
+                parts.append(_by_group(_take(factors, index, fmt.blocks(g.k)), blocks))
     return torch.cat(parts, 2).view(blocks, -1)
+
+
+def _pack_planes(codes: torch.Tensor, blocks: int, g: Geometry) -> torch.Tensor:
+    """Codes [blocks * 32, K] as bytes [blocks, groups, code bytes of a group]."""
+    parts, shift, size = [], 0, g.format.group_size
+    for bits in g.format.plane_bits:
+        count = 8 // bits
+        runs = codes.view(blocks, BLOCK, g.groups, size // (4 * count), count, 4).permute(0, 2, 3, 4, 1, 5)
+        packed = torch.zeros(blocks, g.groups, size // (4 * count), BLOCK, 4, dtype=torch.uint8)
+        for p in range(count):
+            field = runs[:, :, :, p]
+            if bits < g.format.bits:
+                field = (field >> shift) & ((1 << bits) - 1)
+            packed |= field << (p * bits)
+        parts.append(packed.view(blocks, g.groups, -1))
+        shift += bits
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _unpack_planes(data: torch.Tensor, g: Geometry) -> torch.Tensor:
+    """Bytes [blocks, groups, code bytes] as codes [blocks * 32, groups * group size]."""
+    blocks, shift, start, codes = data.shape[0], 0, 0, None
+    for bits in g.format.plane_bits:
+        nbytes = BLOCK * g.format.group_size * bits // 8
+        runs = data[:, :, start : start + nbytes].reshape(blocks, g.groups, -1, BLOCK, 4)
+        fields = [((runs >> (p * bits)) & ((1 << bits) - 1)) << shift for p in range(8 // bits)]
+        plane = torch.stack(fields, 3)  # [b, g, s, p, 32, 4]
+        plane = plane.permute(0, 4, 1, 2, 3, 5).reshape(blocks * BLOCK, -1)
+        codes = plane if codes is None else codes | plane
+        start, shift = start + nbytes, shift + bits
+    assert codes is not None
+    return codes
 
 
 def _by_group(values: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -227,11 +296,13 @@ def unpack(packed: PackedWeight) -> CanonicalWeight:
     if fmt.is_float:
         values = data.contiguous().view(fmt.torch_dtype).view(blocks, k, BLOCK).transpose(1, 2).reshape(-1, k)
         return CanonicalWeight(fmt, place(values))
-    data = data.view(blocks, g.groups, g.group_bytes)
-    runs = data[:, :, : g.code_bytes].reshape(blocks, g.groups, -1, BLOCK, 4)
-    mask = (1 << fmt.bits) - 1
-    split = torch.stack([(runs >> (p * fmt.bits)) & mask for p in range(g.planes)], 3)  # [b, g, s, p, 32, 4]
-    codes = split.permute(0, 4, 1, 2, 3, 5).reshape(blocks * BLOCK, -1)[:, :k]
+    data = data.view(blocks, g.groups // g.per_block, g.per_block * g.group_bytes)
+
+    def part(start: int, nbytes: int) -> torch.Tensor:
+        """Bytes [blocks, groups (or blocks of inputs), nbytes / what a block holds]."""
+        return data[:, :, start : start + nbytes].contiguous()
+
+    codes = _unpack_planes(part(0, g.per_block * g.code_bytes).view(blocks, g.groups, -1), g)[:, :k]
     if fmt.zero == "none":
         codes = (
             codes.view(torch.int8)
@@ -241,13 +312,14 @@ def unpack(packed: PackedWeight) -> CanonicalWeight:
     elif fmt.bits == 8 and "unsigned" not in packed.layout:
         codes = codes.bitwise_xor(128)
 
-    def column(start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-        raw = data[:, :, start : start + nbytes].contiguous().view(dtype).view(blocks, g.groups, BLOCK)
-        return place(raw.transpose(1, 2).reshape(blocks * BLOCK, g.groups))
+    def column(start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        raw = part(start, count * BLOCK * dtype.itemsize).view(dtype).view(blocks, -1, BLOCK)
+        return place(raw.transpose(1, 2).reshape(blocks * BLOCK, -1))
 
-    scale = column(g.code_bytes, g.scale_bytes, fmt.torch_scale_dtype)
-    zero = None
-    if g.zero_bytes:
-        dtype = torch.uint8 if fmt.zero == "integer" else fmt.torch_scale_dtype
-        zero = column(g.code_bytes + g.scale_bytes, g.zero_bytes, dtype)
-    return CanonicalWeight(fmt, place(codes), scale, zero)
+    scale = column(g.scales_at(0), g.per_block, fmt.torch_scale_dtype)
+    zero = column(g.zeros_at(0), g.per_block, fmt.torch_zero_dtype) if g.zero_bytes else None
+    block_scale = block_zero = None
+    if fmt.block_size:
+        block_scale = column(g.factors_at(0), 1, torch.float16)
+        block_zero = column(g.factors_at(0, minimum=True), 1, torch.float16) if g.zero_bytes else None
+    return CanonicalWeight(fmt, place(codes), scale, zero, block_scale, block_zero)

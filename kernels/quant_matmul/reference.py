@@ -9,14 +9,16 @@ from .spec import SMALLEST, QuantMatmulSpec
 from .weight_format import CanonicalWeight
 
 
-def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activations(
+    x: torch.Tensor, group_size: int, groups: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes [M, groups, group_size] (zero padded) and fp32 scales [M, groups] of x [M, K].
 
     A group with NaN or Inf gets a NaN scale, so that its whole row is NaN; one whose absolute maximum is
     below SMALLEST counts as zero.
     """
     m, k = x.shape
-    groups = -(-k // group_size)
+    groups = groups or -(-k // group_size)
     padded = torch.zeros(m, groups * group_size)
     padded[:, :k] = x.float()
     v = padded.view(m, groups, group_size)
@@ -42,21 +44,19 @@ def quant_matmul(
     elif spec.activation == "float" or fmt.is_float:
         y = x.double() @ weight.dequantize().double().T
     else:
-        codes, scales = quantize_activations(x, fmt.group_size)
+        codes, scales = quantize_activations(x, fmt.group_size, fmt.groups(weight.k))
         _, groups, size = codes.shape
         w = torch.zeros(weight.n, groups * size, dtype=torch.float64)
         w[:, : weight.k] = weight.codes.double() - fmt.zero_point
         w = w.view(weight.n, groups, size)
         dots = torch.einsum("mgk,ngk->mng", codes.double(), w)  # exact: integers below 2**53
-        assert weight.scale is not None
-        s = weight.scale.double()
+        s = weight.group_scales().double()
         if fmt.zero == "integer":
-            assert weight.zero is not None
-            dots = dots - codes.double().sum(2)[:, None, :] * weight.zero.double()
+            dots = dots - codes.double().sum(2)[:, None, :] * weight.group_minima().double()
         y = torch.einsum("mng,ng,mg->mn", dots, s, scales.double())
         if fmt.zero == "minimum":
-            assert weight.zero is not None
-            y = y + torch.einsum("mg,ng->mn", codes.double().sum(2) * scales.double(), weight.zero.double())
+            minima = weight.group_minima().double()
+            y = y + torch.einsum("mg,ng->mn", codes.double().sum(2) * scales.double(), minima)
     if bias is not None:
         y = y + bias.double()
     if spec.pair:

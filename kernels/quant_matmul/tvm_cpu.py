@@ -17,10 +17,9 @@ from .spec import QuantMatmulSpec
 from .tvm_cpu_context import Context, finish_vector, new_kernel, row_tiles, shared_range, stream_of, units
 from .tvm_cpu_matrix import ROWS, matrix_share, round_row
 from .tvm_cpu_rows import clear_row, quantize_row, widen_row
+from .tvm_cpu_stream import Prefetch, Stream
 from .tvm_cpu_tiles import (
     Activations,
-    Prefetch,
-    Stream,
     Tile,
     fill_float_panel,
     fill_panel,

@@ -14,7 +14,7 @@ from .packing import BLOCK, Geometry
 from .sizes import is_integer, padded_k, uses_matrix, uses_pairs
 from .spec import QuantMatmulSpec
 from .tvm_cpu_rows import correction_kind
-from .tvm_cpu_tiles import Stream
+from .tvm_cpu_stream import Stream
 
 # "one" is 1 at run time: a trip count times it is one that LLVM cannot know.
 ARGUMENTS = (
@@ -94,10 +94,7 @@ def new_kernel(name: str, spec: QuantMatmulSpec) -> Any:
 
 
 def stream_of(c: Context, block: Any) -> Stream:
-    views = {"u8": tir.buffer_at(c.kernel["w"], "uint8")}
-    views["scale"] = tir.buffer_at(
-        c.kernel["w"], c.spec.weight.dtype if c.spec.weight.is_float else c.spec.weight.scale_dtype
-    )
+    views = Stream.views_of(c.spec, c.kernel["w"])
     return Stream(c.isa, c.spec, views, tir.let(block * c.geometry.block_bytes))
 
 

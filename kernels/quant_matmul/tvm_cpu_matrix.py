@@ -17,7 +17,7 @@ from ..shared.tir import T
 from .packing import BLOCK
 from .sizes import TILE, TILE_STATE_BYTES, MatrixPlan, matrix_plan, panel_bytes
 from .tvm_cpu_context import Context, finish_vector, finished, row_tiles, stream_of, units
-from .tvm_cpu_tiles import Stream, float_element, float_weights
+from .tvm_cpu_stream import Stream, float_element, float_weights, group_values
 
 ROWS = 2 * TILE  # rows of x that pass a block together
 DEPTH = 2 * TILE  # values of K in a tile
@@ -167,12 +167,15 @@ def fill_panel(sources: list[tuple[Stream, int]], panel: Any, start: Any, stop: 
         return
     run, size = 4 * g.planes, spec.weight.group_size
     group0 = tir.let(T.truncdiv(start, T.int64(size)))
-    with tir.loop(T.truncdiv(stop - start, T.int64(size))) as group, tir.loop(size // run) as step:
-        for half, (stream, vector) in enumerate(sources):
-            values = float_weights(stream, tir.let(group0 + group), step, vector)
-            first = tir.let(T.truncdiv(group * size + step * run, T.int64(2)))
-            for i in range(run // 2):
-                _store_pair(isa, out, first + i, half, values[2 * i], values[2 * i + 1])
+    with tir.loop(T.truncdiv(stop - start, T.int64(size))) as inside:
+        group = tir.let(group0 + inside)
+        of_group = [group_values(stream, group, vector) for stream, vector in sources]
+        with tir.loop(size // run) as step:
+            for half, (stream, vector) in enumerate(sources):
+                values = float_weights(stream, group, step, vector, of_group[half])
+                first = tir.let(T.truncdiv(inside * size + step * run, T.int64(2)))
+                for i in range(run // 2):
+                    _store_pair(isa, out, first + i, half, values[2 * i], values[2 * i + 1])
 
 
 def _fill_float_panel(sources: list[tuple[Stream, int]], out: Any, start: Any, stop: Any) -> None:

@@ -48,13 +48,25 @@ def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[s
     if full:
         with tir.loop(full) as group:
             one(x, tir.let(x_at + group * size), group)
-    if full < g.groups:  # the short last group, padded with zeros
-        padded = tir.local("float32", size)
+    if full == g.groups:
+        return
+    padded = tir.local("float32", size)  # a short group, and those that fill the last block: zeros
+
+    def fill(count: int) -> None:
         for v in range(size // isa.lanes):
             tir.store(padded, v * isa.lanes, tir.f32(0.0, isa.lanes))
-        with tir.loop(spec.k - full * size) as i:
+        with tir.loop(count) as i:
             tir.store(padded, i, tir.to_f32(x, x_at + full * size + i, 1))
+
+    short = spec.k % size
+    if short:
+        fill(short)
         one(padded, T.int64(0), T.int64(full))
+    empty = full + (1 if short else 0)
+    if empty < g.groups:
+        fill(0)
+        with tir.loop(g.groups - empty) as group:
+            one(padded, T.int64(0), tir.let(group + empty))
 
 
 def quantize_group(

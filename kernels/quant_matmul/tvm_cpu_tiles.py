@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..shared import tir
 from ..shared.isa.table import Isa
 from ..shared.tir import T
-from .packing import BLOCK, Geometry
-from .spec import QuantMatmulSpec
+from .packing import BLOCK
 from .tvm_cpu_rows import correction_kind
+from .tvm_cpu_stream import Prefetch, Stream, float_element, float_weights
 
 _STRAIGHT = 4  # accumulators up to which a group's steps are emitted in a line
 
@@ -41,80 +40,6 @@ class Tile:
     def add(self, row: int, vector: int, value: Any) -> None:
         """Emit an addition to one accumulator."""
         self.set(row, vector, self.get(row, vector) + value)
-
-
-@dataclass(frozen=True)
-class Prefetch:
-    """How far ahead weights are asked for, in bytes (0: not at all), and how near the core (3: L1, 1: L2)."""
-
-    distance: int = 0
-    locality: int = 3
-
-    @staticmethod
-    def of(configuration: Mapping[str, Any]) -> Prefetch:
-        """Return what a configuration says."""
-        return Prefetch(int(configuration["prefetch"]), int(configuration["prefetch_locality"]))
-
-
-@dataclass
-class Stream:
-    """The packed bytes of one block, as the views that tiles load from; `at` is the block's byte offset."""
-
-    isa: Isa
-    spec: QuantMatmulSpec
-    views: dict[str, Any]
-    at: Any
-
-    @property
-    def geometry(self) -> Geometry:
-        """Sizes of the layout."""
-        return Geometry(self.spec.weight, self.spec.k)
-
-    def raw(self, group: Any, step: Any, vector: Any) -> Any:
-        """Return the 4*lanes code bytes of a run and vector (all planes)."""
-        offset = self.at + group * self.geometry.group_bytes + (step * BLOCK + vector * self.isa.lanes) * 4
-        return tir.let(tir.load(self.views["u8"], offset, 4 * self.isa.lanes))
-
-    def plane(self, raw: Any, p: int) -> Any:
-        """Return plane p of loaded bytes as codes."""
-        bits, n = self.spec.weight.bits, 4 * self.isa.lanes
-        if bits == 8:
-            return raw
-        shifted = T.shift_right(raw, tir.splat(T.uint8(p * bits), n)) if p else raw
-        if (p + 1) * bits == 8:
-            return shifted
-        return T.bitwise_and(shifted, tir.splat(T.uint8((1 << bits) - 1), n))
-
-    def scale(self, group: Any, vector: Any) -> Any:
-        """Return fp32 scales of a vector of columns."""
-        return self._floats(group, self.geometry.code_bytes, vector)
-
-    def zero(self, group: Any, vector: Any) -> Any:
-        """Return fp32 minima, or zero points, of a vector of columns."""
-        at = self.geometry.code_bytes + self.geometry.scale_bytes
-        if self.spec.weight.zero == "minimum":
-            return self._floats(group, at, vector)
-        offset = self.at + group * self.geometry.group_bytes + at + vector * self.isa.lanes
-        return tir.cast(tir.load(self.views["u8"], offset, self.isa.lanes), "float32")
-
-    def _floats(self, group: Any, at: int, vector: Any) -> Any:
-        size = self.geometry.scale_bytes // BLOCK
-        first = (self.at + group * self.geometry.group_bytes + at) // size + vector * self.isa.lanes
-        return tir.to_f32(self.views["scale"], first, self.isa.lanes)
-
-    @contextlib.contextmanager
-    def each_group(self, ahead: Prefetch) -> Iterator[Any]:
-        """Emit a loop over the groups of a row, with prefetches."""
-        with tir.loop(self.geometry.groups) as group:
-            self.prefetch_group(group, ahead)
-            yield group
-
-    def prefetch_group(self, group: Any, ahead: Prefetch) -> None:
-        """Emit prefetches of the lines that lie so far ahead of one group's."""
-        if ahead.distance:
-            for line in range(0, self.geometry.group_bytes, 64):
-                at = self.at + group * self.geometry.group_bytes + line + ahead.distance
-                tir.prefetch(self.views["u8"], at, ahead.locality)
 
 
 _NO_PREFETCH = Prefetch()
@@ -157,18 +82,19 @@ def int_tile(
     per_step = 2 if pairs else (4 if panel is not None else 4 * planes)
     steps = size // per_step
     dots_per_step = 1 if panel is not None else planes
-    chunk = steps if not narrow else max(1, min(steps, isa.dot4_steps(umax) // dots_per_step))
+    burst = isa.dot4_steps(umax)  # dot products that an int16 accumulator holds
+    chunk = steps if not narrow else max(1, min(steps, burst // dots_per_step))
     while steps % chunk:
         chunk -= 1
 
     tile.clear()
-    with stream.each_group(prefetch) as group:
+    with stream.each_group(prefetch, [first_vector + v for v in range(vectors)]) as group:
         entries = tir.let(act.row0 * g.groups + group * rows)  # scales lie as [row tiles][groups][rows]
         acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
         acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
         wide = (
             [[tir.Register("int32", lanes) for _ in range(vectors)] for _ in range(rows)]
-            if chunk < steps
+            if chunk < steps or (narrow and burst < dots_per_step)
             else []
         )
 
@@ -179,10 +105,12 @@ def int_tile(
             return tir.splat(T.int16(0) if narrow else T.int32(0), width)
 
         def one_step(step: Any) -> None:
-            operands: list[list[Any]] = []  # [dot][vector]
+            operands: Iterable[list[Any]] = []  # [dot][vector]
             if panel is None:
                 raws = [stream.raw(group, step, first_vector + v) for v in range(vectors)]
-                operands = [[tir.let(stream.plane(raw, p)) for raw in raws] for p in range(planes)]
+                operands = ([tir.let(stream.plane(raw, p)) for raw in raws] for p in range(planes))
+                if len(spec.weight.plane_bits) == 1:
+                    operands = list(operands)  # all at once, where they fit the registers
             elif pairs:
                 at = (group * steps + step) * (BLOCK * 2) + first_vector * lanes * 2
                 operands = [
@@ -194,6 +122,9 @@ def int_tile(
                     [tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]
                 ]
             for d, codes in enumerate(operands):
+                if narrow and d and d % burst == 0:
+                    flush()
+                    begin()
                 for r in range(rows):
                     if pairs:
                         word = tir.load(
@@ -226,6 +157,11 @@ def int_tile(
                 for v in range(vectors):
                     acc[r][v].set(value)
 
+        def flush() -> None:
+            for r in range(rows):
+                for v in range(vectors):
+                    wide[r][v].set(wide[r][v].get() + isa.widen(acc[r][v].get()))
+
         if not wide:
             begin()
             run(steps, 0)
@@ -236,9 +172,7 @@ def int_tile(
             with tir.loop(steps // chunk) as part:
                 begin()
                 run(chunk, part * chunk)
-                for r in range(rows):
-                    for v in range(vectors):
-                        wide[r][v].set(wide[r][v].get() + isa.widen(acc[r][v].get()))
+                flush()
 
         scales = [tir.let(stream.scale(group, first_vector + v)) for v in range(vectors)]
         zeros: list[Any] = []
@@ -297,38 +231,6 @@ def fill_panel(stream: Stream, panel: dict[str, Any]) -> None:
                     tir.store(panel["s16"], at, T.Shuffle([wide], lanes_of_half))
 
 
-def float_weights(stream: Stream, group: Any, step: Any, vector: Any) -> list[Any]:
-    """Return the fp32 weights of one run and vector, in the order of k (4 * planes of them)."""
-    isa, fmt, lanes = stream.isa, stream.spec.weight, stream.isa.lanes
-    raw = tir.let(tir.bits(stream.raw(group, step, vector), f"int32x{lanes}"))
-    scale = tir.let(stream.scale(group, vector))
-    zero = tir.let(stream.zero(group, vector)) if fmt.zero in ("minimum", "integer") else None
-    mask = (1 << fmt.bits) - 1
-    signed = fmt.bits == 8 and isa.int8_codes == "signed"
-    shift = 128 if fmt.bits == 8 and not signed else (0 if fmt.bits == 8 else fmt.zero_point)
-    values = []
-    for p in range(stream.geometry.planes):
-        for j in range(4):
-            if signed:
-                up = T.shift_left(raw, tir.i32(24 - 8 * j, lanes)) if j < 3 else raw
-                code = T.shift_right(up, tir.i32(24, lanes))
-            else:
-                down = 8 * j + p * fmt.bits
-                code = T.bitwise_and(
-                    T.shift_right(raw, tir.i32(down, lanes)) if down else raw, tir.i32(mask, lanes)
-                )
-            if shift and zero is None:
-                code = code - tir.i32(shift, lanes)
-            value = tir.cast(code, "float32")
-            if fmt.zero == "minimum":
-                values.append(tir.let(value * scale + zero))
-            elif fmt.zero == "integer":
-                values.append(tir.let((value - zero) * scale))
-            else:
-                values.append(tir.let(value * scale))
-    return values
-
-
 def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, first_vector: int) -> None:
     """Emit: tile = x . W over all of K in fp32, weights converted in registers."""
     spec = stream.spec
@@ -338,21 +240,13 @@ def float_tile(stream: Stream, xf: Any, row0: Any, k_padded: int, tile: Tile, fi
             tile, spec.k, lambda k, v: float_element(stream, k, first_vector + v), xf, row0, k_padded
         )
         return
-    g = stream.geometry
-    run = 4 * g.planes
-    with stream.each_group(_NO_PREFETCH) as group, tir.loop(spec.weight.group_size // run) as step:
+    run, vectors = 4 * stream.geometry.planes, [first_vector + v for v in range(tile.vectors)]
+    with stream.each_group(_NO_PREFETCH, vectors) as group, tir.loop(spec.weight.group_size // run) as step:
         for v in range(tile.vectors):
             for i, value in enumerate(float_weights(stream, group, step, first_vector + v)):
                 for r in range(tile.rows):
                     at = (row0 + r) * k_padded + group * spec.weight.group_size + step * run + i
                     tile.add(r, v, tir.splat(tir.load(xf, at), tile.isa.lanes) * value)
-
-
-def float_element(stream: Stream, k: Any, vector: int) -> Any:
-    size = stream.geometry.block_bytes // (BLOCK * stream.spec.k)
-    return tir.to_f32(
-        stream.views["scale"], stream.at // size + k * BLOCK + vector * stream.isa.lanes, stream.isa.lanes
-    )
 
 
 def _float_steps(tile: Tile, k: int, weight: Any, xf: Any, row0: Any, k_padded: int) -> None:

@@ -7,7 +7,7 @@ group of the down weight is one run in every block of 32 output rows. Prefetches
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from ..quant_matmul.packing import BLOCK
 from ..quant_matmul.tvm_cpu import prepare_row
 from ..quant_matmul.tvm_cpu_context import Context, finish_vector, row_tiles, shared_range, stream_of
 from ..quant_matmul.tvm_cpu_rows import quantize_group
-from ..quant_matmul.tvm_cpu_tiles import Activations, Prefetch, Stream, Tile, float_tile, int_tile
+from ..quant_matmul.tvm_cpu_stream import Prefetch, Stream
+from ..quant_matmul.tvm_cpu_tiles import Activations, Tile, float_tile, int_tile
 from ..shared import tir
 from ..shared.isa.table import Isa, by_name
 from ..shared.math import fold, sigmoid, silu
@@ -66,7 +67,7 @@ class _ListedStream(Stream):
     per_block: int = 1
 
     @contextlib.contextmanager
-    def each_group(self, ahead: Prefetch) -> Iterator[Any]:
+    def each_group(self, ahead: Prefetch, vectors: Sequence[int]) -> Iterator[Any]:
         g = self.geometry
         distance = -(-ahead.distance // g.group_bytes)
         total = tir.let(self.count * self.per_block)

@@ -4,48 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ...compiler.errors import FormatError, UnsupportedError
 from ...kernels.quant_matmul import CanonicalWeight, WeightFormat
+from .blocks import FORMATS, decode_blocks
 from .container import Container, TensorInfo
 from .gguf_config import ARCHITECTURES, ROPE_TENSORS, config_from_gguf, tensor_of
-
-GROUP = 32  # elements of a block of every quantised type here
-
-FORMATS = {
-    "F32": WeightFormat.float("float32"),
-    "F16": WeightFormat.float("float16"),
-    "BF16": WeightFormat.float("bfloat16"),
-    "Q4_0": WeightFormat.int4(GROUP, zero="constant"),
-    "Q4_1": WeightFormat.int4(GROUP, zero="minimum"),
-    "Q8_0": WeightFormat.int8(GROUP),
-}
-
-
-def decode_blocks(raw: np.ndarray, info: TensorInfo) -> CanonicalWeight:
-    """A matrix's bytes as a canonical weight, bit for bit.
-
-    ``raw`` is uint8 and may be taken over. Blocks: https://github.com/ggml-org/ggml (ggml-common.h).
-    """
-    n, k = info.shape
-    fmt = FORMATS[info.type]
-    if fmt.is_float:
-        return CanonicalWeight(fmt, torch.from_numpy(raw).view(fmt.torch_dtype).view(n, k))
-    header = 4 if info.type == "Q4_1" else 2  # scale, and the minimum
-    blocks = raw.reshape(n, k // GROUP, -1)
-    scales = np.ascontiguousarray(blocks[:, :, :header]).view(np.float16)
-    scale = torch.from_numpy(np.ascontiguousarray(scales[:, :, 0]))
-    zero = torch.from_numpy(np.ascontiguousarray(scales[:, :, 1])) if header == 4 else None
-    packed = blocks[:, :, header:]
-    if info.type == "Q8_0":
-        codes = np.ascontiguousarray(packed).view(np.int8)
-    else:  # low nibbles are elements 0..15 of the block, high nibbles 16..31
-        codes = np.empty((n, k // GROUP, GROUP), dtype=np.uint8)
-        np.bitwise_and(packed, 15, out=codes[:, :, : GROUP // 2])
-        np.right_shift(packed, 4, out=codes[:, :, GROUP // 2 :])
-    return CanonicalWeight(fmt, torch.from_numpy(codes).view(n, k), scale, zero)
 
 
 def half_split_rows(num_heads: int, head_dim: int, rotary: int) -> torch.Tensor:
@@ -119,9 +84,9 @@ class GGUFCheckpoint:
         """One matrix; queries and keys are put half-split by moving whole rows."""
         info = self._place(name)
         weight = decode_blocks(self.container.read_info(info), info)
-        self._require_finite(info.name, weight.codes if weight.scale is None else weight.scale)
-        if weight.zero is not None:
-            self._require_finite(info.name, weight.zero)
+        for values in weight.tensors().values():
+            if values.is_floating_point():
+                self._require_finite(info.name, values)
         part = name.rsplit(".", 1)[-1]
         return weight.rows(self._rotary_rows(part)) if self._moves(part) else weight
 

@@ -131,7 +131,7 @@ def write_gguf(
             else data * (1.0 if name == "token_embd.weight" else 1.5 / shape[-1] ** 0.5)
         )
         kind = gguf.GGMLQuantizationType["F32" if norm else (types or {}).get(name, type)]
-        stored = data if kind == gguf.GGMLQuantizationType.F32 else quantize(data, kind)
+        stored = store(data, kind, random)
         writer.add_tensor(name, stored, raw_dtype=kind)
         tiny.values[name] = torch.from_numpy(np.array(dequantize(stored, kind), dtype=np.float32)).view(shape)
     for name, data in (extra or {}).items():
@@ -141,6 +141,38 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return tiny
+
+
+# Where fp16 scales stand in a block.
+SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def random_blocks(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """Bytes [rows, blocks, size] of any blocks whose scales are finite."""
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    raw = random.integers(0, 256, (*shape[:-1], shape[-1] // elements, size), dtype=np.uint8)
+    for at in SCALES[name]:
+        values = (random.standard_normal(raw.shape[:-1]) * 10.0 ** random.integers(-8, 4)).astype(np.float16)
+        values.flat[0] = 0
+        raw[..., at : at + 2] = values[..., None].view(np.uint8)
+    return raw
+
+
+def store(data: np.ndarray, kind: gguf.GGMLQuantizationType, random: np.random.Generator) -> np.ndarray:
+    """`data` as stored; of a type that the gguf package cannot write, random blocks of about its size."""
+    if kind == gguf.GGMLQuantizationType.F32:
+        return data
+    try:
+        return quantize(data, kind)
+    except NotImplementedError:
+        raw = random_blocks(kind.name, data.shape, random)
+        for at, scale in zip(SCALES[kind.name], (2e-3, 5e-3)):
+            values = np.full(raw.shape[:-1], scale / data.shape[-1] ** 0.5 * data.std() * 16, np.float16)
+            raw[..., at : at + 2] = values[..., None].view(np.uint8)
+        return raw.reshape(*data.shape[:-1], -1)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:

@@ -28,6 +28,14 @@ INTEGER = [
     ),
     WeightFormat.int4(32, "minimum", "float32"),
     WeightFormat.int8(32, "none", "bfloat16"),
+    *(WeightFormat("int", bits, 32, "float16", z) for bits in (5, 6) for z in ("constant", "minimum")),
+    WeightFormat("int", 6, 16, "float16", "constant"),
+    *(
+        WeightFormat.blocked(bits, size, z)
+        for bits, size, z in ((4, 32, "minimum"), (5, 32, "minimum"), (6, 16, "constant"), (2, 16, "minimum"))
+    ),
+    WeightFormat.blocked(4, 16, "constant"),
+    WeightFormat.blocked(8, 128, "none"),
 ]
 FORMATS = [*INTEGER, *(WeightFormat.float(d) for d in ("float32", "bfloat16", "float16"))]
 SHAPES = [(1, 1), (2, 31), (31, 33), (33, 64), (64, 129), (130, 300)]
@@ -41,6 +49,13 @@ def any_bits(fmt: WeightFormat, n: int, k: int) -> CanonicalWeight:
     low, high = (-128, 128) if fmt.zero == "none" else (0, 1 << fmt.bits)
     codes = torch.randint(low, high, (n, k)).to(torch.int8 if fmt.zero == "none" else torch.uint8)
     codes[0, 0], codes[-1, -1] = low, high - 1
+    if fmt.block_size:
+        zero = block_zero = None
+        factors = (n, fmt.blocks(k))
+        scale = torch.randint(-128, 256, shape).to(fmt.torch_scale_dtype)
+        if fmt.zero == "minimum":
+            zero, block_zero = torch.randint(0, 256, shape).to(torch.uint8), torch.randn(factors).half()
+        return CanonicalWeight(fmt, codes, scale, zero, torch.randn(factors).half(), block_zero)
     scale = torch.randn(shape).to(fmt.torch_scale_dtype)
     zero = None
     if fmt.zero == "integer":
@@ -52,10 +67,9 @@ def any_bits(fmt: WeightFormat, n: int, k: int) -> CanonicalWeight:
 
 def assert_same(a: CanonicalWeight, b: CanonicalWeight) -> None:
     assert a.format == b.format
-    for left, right in ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero)):
-        assert (left is None) == (right is None)
-        if left is not None and right is not None:
-            assert left.dtype == right.dtype and torch.equal(left, right)
+    assert a.tensors().keys() == b.tensors().keys()
+    for left, right in zip(a.tensors().values(), b.tensors().values()):
+        assert left.dtype == right.dtype and torch.equal(left, right)
 
 
 @pytest.mark.parametrize("isa", ["avx512_vnni", "avx2", "portable", "portable16"])
@@ -115,11 +129,13 @@ def test_rounding_error_is_below_half_a_step(fmt: WeightFormat) -> None:
     w[3] = 0
     canonical = CanonicalWeight.from_float(w, fmt)
     assert canonical.scale is not None
-    step = canonical.scale.float().abs().repeat_interleave(fmt.group_size, 1)[:, :131]
+    step = canonical.group_scales().abs().repeat_interleave(fmt.group_size, 1)[:, :131]
     error = (canonical.dequantize() - w).abs()
     # Clamping (one side has a code less) and the scale's own rounding cost at most another step.
-    loose = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6}[fmt.scale_dtype]
-    assert (error <= step * 1.51 + w.abs() * loose + 1e-6).all()
+    # Integer scales and minima are whole parts of the largest of their block.
+    loose = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6, "int8": 8e-3, "uint8": 4e-3}[fmt.scale_dtype]
+    largest = w.abs().amax(1, keepdim=True) if fmt.block_size else w.abs()
+    assert (error <= step * 1.51 + largest * loose + 1e-6).all()
     assert canonical.dequantize()[3].abs().max() == 0
 
 

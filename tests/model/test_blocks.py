@@ -1,0 +1,54 @@
+"""GGUF's tensor types: random valid blocks dequantise to what the gguf package makes of them, bit for bit."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+
+from edgeformer.compiler.target import detect
+from edgeformer.kernels.quant_matmul import pack
+from edgeformer.kernels.quant_matmul.packing import Geometry
+from edgeformer.model.load.blocks import FORMATS, WIDENED, decode_blocks
+from edgeformer.model.load.container import BLOCKS, TensorInfo
+
+from .conftest import random_blocks
+
+QUANTISED = [name for name, fmt in FORMATS.items() if not fmt.is_float]
+
+
+def test_block_sizes_are_those_of_ggml() -> None:
+    assert BLOCKS.keys() == FORMATS.keys()
+    for name, sizes in BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == sizes, name
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_every_bit_of_a_block_counts(name: str) -> None:
+    """Any bytes with finite scales: zero, subnormal, negative and large ones too."""
+    elements, _ = BLOCKS[name]
+    n, k = 70, 3 * elements
+    random = np.random.default_rng(len(name))
+    raw = random_blocks(name, (n, k), random)
+    want = torch.from_numpy(dequantize(raw.reshape(n, -1), gguf.GGMLQuantizationType[name]))
+    weight = decode_blocks(raw.reshape(-1).copy(), TensorInfo("w", name, (n, k), 0, raw.size))
+    assert torch.equal(weight.dequantize(), want)
+    for pair in (False, True):
+        packed = pack(weight, detect(), pair=pair)
+        assert torch.equal(packed.unpack().dequantize(), want)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_bits_in_memory_are_those_of_the_file_or_said(name: str) -> None:
+    """Scales of 6 bits take a byte here; nothing else takes more room, except what is widened by name."""
+    elements, size = BLOCKS[name]
+    here = Geometry(FORMATS[name], 2048).block_bytes * 8 / (32 * 2048)
+    there = size * 8 / elements
+    if name in WIDENED:
+        assert here > there
+    elif FORMATS[name].zero == "minimum" and FORMATS[name].block_size:
+        assert here - there == pytest.approx({"Q2_K": 0.5}.get(name, 0.125))
+    else:
+        assert here == there
