@@ -17,9 +17,11 @@ if TYPE_CHECKING:
         EdgeFormerError,
         FormatError,
         TargetError,
+        TrustError,
         UnsupportedError,
     )
     from .compiler.target import Target
+    from .model.compile_folder import compile_model as compile
     from .model.evaluate import evaluate
     from .model.loading import load, plan
     from .model.report import report
@@ -31,11 +33,13 @@ _HOMES = {
     "plan": ".model.loading",
     "evaluate": ".model.evaluate",
     "report": ".model.report",
+    "compile": ".model.compile_folder:compile_model",
     "Target": ".compiler.target",
     "EdgeFormerError": ".compiler.errors",
     "TargetError": ".compiler.errors",
     "FormatError": ".compiler.errors",
     "UnsupportedError": ".compiler.errors",
+    "TrustError": ".compiler.errors",
     "BuildError": ".compiler.errors",
     "DeclinedError": ".compiler.errors",
     "CapacityError": ".compiler.errors",
@@ -49,7 +53,9 @@ __all__ = [
     "FormatError",
     "Target",
     "TargetError",
+    "TrustError",
     "UnsupportedError",
+    "compile",
     "evaluate",
     "load",
     "plan",
@@ -60,7 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edgeformer' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    module, _, own = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module, __name__), own or name)
 
 
 def __dir__() -> list[str]:

@@ -5,59 +5,41 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .cli_options import (
+    Activation,
+    ActivationType,
+    Context,
+    Kv,
+    KvType,
+    MaxTokens,
+    ModelPath,
+    OpByOp,
+    Output,
+    OutputText,
+    OwnActivationType,
+    OwnKvType,
+    Quantize,
+    QuantizeTo,
+    TargetName,
+    Text,
+    Threads,
+    Trust,
+    value,
+)  # fmt: skip
+from .commands import register
 from .compiler.errors import EdgeFormerError, UnsupportedError
-from .console import answer, chat, megabytes, print_facts, print_report, print_speed, stderr
+from .console import answer, chat, megabytes, print_facts, print_plan, print_report, print_speed, stderr
 
 if TYPE_CHECKING:
     from .model.generate import LanguageModel
 
 EXIT_ERROR = 2
-
-
-class Kv(StrEnum):
-    """Types of the KV cache."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-    int8 = "int8"
-
-
-class Activation(StrEnum):
-    """How activations meet quantised weights."""
-
-    auto = "auto"
-    int8 = "int8"
-    float = "float"
-
-
-class Quantize(StrEnum):
-    """What wider weights are rounded to while they load."""
-
-    int8 = "int8"
-    int4 = "int4"
-
-
-class Output(StrEnum):
-    """Forms of a table."""
-
-    md = "md"
-    json = "json"
-    csv = "csv"
-
-
-class Text(StrEnum):
-    """Forms of a short answer."""
-
-    text = "text"
-    json = "json"
 
 
 class Commands(TyperGroup):
@@ -78,19 +60,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure speed beside the lim
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the kernels that were built on this machine.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
-
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.", show_default=False)]
-TargetName = Annotated[str, typer.Option(help="auto, or a name of `edgeformer targets`.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the physical cores.")]
-Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens to hold.")]
-KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
-QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
-OpByOp = Annotated[bool, typer.Option("--op-by-op", help="Call every kernel from PyTorch.")]
-ActivationType = Annotated[
-    Activation, typer.Option(help="int8 is fast; float keeps activations; auto: int8, bf16 on matrix units.")
-]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer at most.")]
-OutputText = Annotated[Text, typer.Option("--output", "-o", help="Form of the answer.")]
+register(app)
 
 
 def main() -> None:
@@ -134,20 +104,21 @@ def run(
     report: Annotated[bool, typer.Option("--report", help="Then say which kernels ran, and why.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much memory it takes.")] = False,
     context: Context = None,
-    kv: KvType = Kv.bf16,
+    kv: OwnKvType = None,
     threads: Threads = None,
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.auto,
+    activation: OwnActivationType = None,
     op_by_op: OpByOp = False,
+    trust: Trust = False,
 ) -> None:
     """Answer a prompt, or chat when there is none."""
     if dry_run:
-        print_plan(model, context, kv, quantize, target)
+        print_plan(model, target, context, value(kv), value(quantize), trust)
         return
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
-    loaded = load_model(model, target, context, kv, threads, quantize, activation, op_by_op)
+    loaded = load_model(model, target, context, kv, threads, quantize, activation, op_by_op, trust)
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repeat_penalty, "seed": seed,
@@ -162,10 +133,22 @@ def run(
 
 
 def load_model(
-    path: Path, target: str, context: int | None, kv: Kv, threads: int | None, quantize: Quantize | None,
-    activation: Activation, op_by_op: bool = False,
+    path: Path, target: str, context: int | None, kv: Kv | None, threads: int | None,
+    quantize: Quantize | None, activation: Activation | None, op_by_op: bool = False, trust: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Load a model with a progress bar on stderr."""
+    from .model.load.manifest import is_compiled, open_folder
+
+    options: dict[str, Any] = {
+        "target": target, "context": context, "kv": value(kv), "threads": threads,
+        "quantize": value(quantize),
+        "activation": value(activation), "whole_step": not op_by_op,
+    }  # fmt: skip
+    if is_compiled(path):
+        folder = open_folder(path, trust=trust)  # hashes the weights while torch is imported
+        from .model.loading import load
+
+        return load(folder, **options)
     from rich.progress import Progress
 
     from .model.loading import load
@@ -179,28 +162,7 @@ def load_model(
             if done == total:  # the first run of a model takes some seconds here
                 bar.update(task, total=None, description="compiling kernels that are not in the cache yet")
 
-        return load(
-            path, target, context, kv.value, threads, quantize.value if quantize else None, activation.value,
-            progress=progress, whole_step=not op_by_op,
-        )  # fmt: skip
-
-
-def print_plan(
-    path: Path, context: int | None, kv: Kv, quantize: Quantize | None, target: str = "auto"
-) -> None:
-    """Say what a model needs; CapacityError when that does not fit."""
-    from .bench.device import free_memory
-    from .compiler.target import Target
-    from .model.loading import plan
-    from .model.plan import require_memory
-
-    Target.parse(target).require_runnable()
-    needed = plan(path, context, kv.value, quantize.value if quantize else None)
-    for name in ("weights", "kv", "workspace", "total"):
-        typer.echo(f"{name:10} {megabytes(getattr(needed, name)):>12}")
-    typer.echo(f"{'context':10} {needed.context:>12}")
-    typer.echo(f"{'free':10} {megabytes(free_memory()):>12}")
-    require_memory(needed)
+        return load(path, progress=progress, **options)
 
 
 @app.command("eval")
@@ -210,11 +172,11 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are read from an empty cache.")] = 512,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of the text.")] = 4096,
     output: OutputText = Text.text,
-    kv: KvType = Kv.bf16,
+    kv: OwnKvType = None,
     threads: Threads = None,
     target: TargetName = "auto",
     quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.auto,
+    activation: OwnActivationType = None,
 ) -> None:
     """Compare the model with fp32 PyTorch on the same weights: perplexity, KL divergence, agreement."""
     from .model.evaluate import evaluate_file

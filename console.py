@@ -6,16 +6,17 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .bench.device import peak_memory
 from .compiler.errors import CapacityError, UnsupportedError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from .model.generate import LanguageModel
 
 
@@ -68,6 +69,8 @@ def chat(model: LanguageModel, raw: bool, sampling: dict[str, Any]) -> None:
 
 def print_speed(model: LanguageModel) -> None:
     """Say how fast the last answer was and what memory this process needed at most."""
+    from .bench.device import peak_memory
+
     stats, peak = model.last_run, peak_memory()
     if stats is None:
         return
@@ -79,6 +82,27 @@ def print_speed(model: LanguageModel) -> None:
         parts.append(f"peak memory {megabytes(peak)}")
     parts.append(f"{model.threads} threads on {model.target.name}")
     typer.echo(", ".join(parts), err=True)
+
+
+def print_plan(
+    path: Path, target: str, context: int | None, kv: str | None, quantize: str | None, trust: bool = False,
+    runs_here: bool = True,
+) -> None:  # fmt: skip
+    """Say what a model needs; CapacityError when that does not fit, TargetError when it cannot run here."""
+    from .bench.device import free_memory
+    from .compiler.target import Target
+    from .model.loading import plan
+    from .model.plan import require_memory
+
+    parsed = Target.parse(target)
+    if runs_here:
+        parsed.require_runnable()
+    needed = plan(path, context, kv, quantize, trust=trust)
+    for name in ("weights", "kv", "workspace", "total"):
+        typer.echo(f"{name:10} {megabytes(getattr(needed, name)):>12}")
+    typer.echo(f"{'context':10} {needed.context:>12}")
+    typer.echo(f"{'free':10} {megabytes(free_memory()):>12}")
+    require_memory(needed)
 
 
 def print_report(model: LanguageModel) -> None:
@@ -93,6 +117,8 @@ def print_report(model: LanguageModel) -> None:
 
 def report_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of a model's report; layers that differ only in their number share a line."""
+    from rich.table import Table
+
     groups: dict[str, list[str]] = {}
     shown: dict[str, list[str]] = {}
     for row in rows:
@@ -154,5 +180,7 @@ def megabytes(count: int) -> str:
 
 def stderr() -> Console:
     """Return a console on stderr that is wide enough for tables when it is no terminal."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=160)

@@ -15,6 +15,10 @@ class FormatError(EdgeFormerError):
     """A file is damaged, truncated, or not of the format that its name claims."""
 
 
+class TrustError(EdgeFormerError):
+    """Native code lies where somebody else could have put it."""
+
+
 class UnsupportedError(EdgeFormerError):
     """A known format asks for something that EdgeFormer does not implement."""
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..compiler.errors import EdgeFormerError
+from ..compiler.operator import Form
 from ..compiler.target import Target
 from ..kernels.attention.space import fastest_math
-from ..kernels.decoder_step import DecoderStepSpec
+from ..kernels.decoder_step import TVM_CPU, DecoderStepSpec
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
 from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram
@@ -151,14 +152,30 @@ def chunk_spec(decoder: Decoder, kv: str, target: Target) -> DecoderStepSpec | N
     return dataclasses.replace(spec, activation="bfloat16", math=math)
 
 
-def compile_decoder(decoder: Decoder, target: Target, kv: str) -> tuple[CompiledDecoder | None, str]:
-    """Return (compiled decoder, "") after checking it against the eager one, or (None, the reason)."""
+def compile_decoder(
+    decoder: Decoder, target: Target, kv: str, *, check: bool = True
+) -> tuple[CompiledDecoder | None, str]:
+    """Return (compiled decoder, "") after checking it against the eager one, or (None, the reason).
+
+    `check` is False where the same kernels have passed the check on this CPU before.
+    """
     try:
         compiled = CompiledDecoder(decoder, target, kv)
     except EdgeFormerError as error:
         return None, str(error)
-    problem = self_check(compiled, decoder, kv)
+    problem = self_check(compiled, decoder, kv) if check else ""
     return (None, problem) if problem else (compiled, "")
+
+
+def plan_programs(decoder: Decoder, kv: str, target: Target) -> list[tuple[str, Form, DecoderStepSpec]]:
+    """Return (operator, form, spec) of a CompiledDecoder's programs; [] where it declines."""
+    try:
+        specs = [step_spec(decoder, kv), chunk_spec(decoder, kv, target)]
+    except EdgeFormerError:
+        return []
+    if any(spec is not None and TVM_CPU.decide(spec, target) is not None for spec in specs):
+        return []
+    return [("decoder_step", TVM_CPU, spec) for spec in specs if spec is not None]
 
 
 def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:

@@ -30,6 +30,7 @@ class LanguageModel:
     def __init__(
         self, decoder: Decoder, path: Path, metadata: dict[str, Any], plan: MemoryPlan, *,
         target: Target, threads: int, kv: str, chunk: int = PREFILL_CHUNK,
+        tokenizer: Callable[[], ModelTokenizer] | None = None,
     ) -> None:  # fmt: skip
         self.decoder = decoder
         self.step: Callable[..., Tensor] = decoder  # runs a chunk; a compiled program may take its place
@@ -38,6 +39,8 @@ class LanguageModel:
         self.context = decoder.context
         self.path = path
         self.metadata = metadata
+        self._make_tokenizer = tokenizer
+        self.before_answer: Callable[[], None] | None = None  # called once, before the first token is shown
         self.plan = plan
         self.target = target
         self.threads = threads
@@ -53,6 +56,8 @@ class LanguageModel:
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
         """The file's own tokenizer; FormatError or UnsupportedError if it has no usable one."""
+        if self._make_tokenizer is not None:
+            return self._make_tokenizer()
         return ModelTokenizer(self.metadata, self.path)
 
     @property
@@ -64,11 +69,12 @@ class LanguageModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return self.tokenizer.stop_ids if self._has_tokenizer else frozenset(self.config.eos_token_ids)
+        return self.tokenizer.stop_ids if self.has_tokenizer else frozenset(self.config.eos_token_ids)
 
     @property
-    def _has_tokenizer(self) -> bool:
-        return bool(self.metadata.get("tokenizer.ggml.tokens"))
+    def has_tokenizer(self) -> bool:
+        """Whether prompts may be texts."""
+        return self._make_tokenizer is not None or bool(self.metadata.get("tokenizer.ggml.tokens"))
 
     def generate(
         self,
@@ -196,6 +202,9 @@ class LanguageModel:
         self._require_known(padded)
         cache = self._cache_for(len(rows), padded.shape[1] + max_tokens)
         logits = self._feed(padded[:, reused:], cache)
+        if self.before_answer is not None:
+            self.before_answer()
+            self.before_answer = None
         prefilled = time.perf_counter()
         batch = Rows(
             len(rows),
@@ -294,5 +303,5 @@ class LanguageModel:
     def _text_streams(
         self, rows: int, stops: list[str], write: Callable[[str], None] | None
     ) -> list[TextStream]:
-        to_bytes = self.tokenizer.token_bytes if self._has_tokenizer else lambda _: b""
+        to_bytes = self.tokenizer.token_bytes if self.has_tokenizer else lambda _: b""
         return [TextStream(to_bytes, stops, write) for _ in range(rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,10 @@ from .compiled import compile_decoder
 from .decoder import Decoder
 from .generate import LanguageModel
 from .load.gguf import GGUFCheckpoint
+from .load.manifest import NAME as MANIFEST
+from .load.manifest import CompiledFolder, is_compiled, open_folder
 from .plan import MemoryPlan, plan_memory, require_memory
+from .requantise import QuantisedCheckpoint
 
 KV_TYPES = ("bf16", "fp16", "fp32", "int8")
 
@@ -28,7 +32,9 @@ def open_checkpoint(path: str | Path) -> GGUFCheckpoint:
     """
     path = Path(path)
     if path.is_dir():
-        raise UnsupportedError(f"{path} is a folder; give the path of a GGUF file")
+        raise UnsupportedError(
+            f"{path} is a folder without {MANIFEST}; give a GGUF file or a compiled folder"
+        )
     if not path.exists():
         raise FormatError(f"there is no file {path}")
     return GGUFCheckpoint(path)
@@ -37,72 +43,103 @@ def open_checkpoint(path: str | Path) -> GGUFCheckpoint:
 def plan(
     path: str | Path,
     context: int | None = None,
-    kv: str = "bf16",
+    kv: str | None = None,
     quantize: str | None = None,
     batch: int = 1,
+    *,
+    trust: bool = False,
 ) -> MemoryPlan:
     """The memory that ``load`` with these options needs; reads the header only, allocates nothing."""
-    _check_kv(kv)
+    if is_compiled(path):
+        from .run_folder import plan_of
+
+        return plan_of(open_folder(path, trust=trust), context=context, kv=kv)
+    kv = kv or "bf16"
+    require_kv(kv)
     return plan_memory(open_checkpoint(path), context=context, kv=kv, quantize=quantize, batch=batch)
 
 
 def load(
-    path: str | Path,
+    path: str | Path | CompiledFolder,
     target: str | Target = "auto",
     context: int | None = None,
-    kv: str = "bf16",
+    kv: str | None = None,
     threads: int | None = None,
     quantize: str | None = None,
-    activation: str = "auto",
+    activation: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     whole_step: bool = True,
+    trust: bool = False,
 ) -> LanguageModel:
-    """Load a GGUF file of the Llama family for this host.
+    """Load a GGUF file of the Llama family, or a folder that `edgeformer compile` wrote, for this host.
 
     Args:
-        path: the file.
+        path: the file or folder.
         target: "auto" (this host) or a name of ``edgeformer targets``.
         context: tokens to hold; default: the model's own, at most 8192.
-        kv: type of the KV cache: "bf16", "fp16", "fp32" or "int8".
+        kv: type of the KV cache: "bf16" (the default), "fp16", "fp32" or "int8".
         threads: default: the physical cores that this process may use.
         quantize: None keeps the file's precision; "int8" or "int4" rounds wider weights to it.
         activation: "int8" quantises activations on the fly, "float" keeps them; "auto" is int8, and bf16 for
-            prompts where this CPU has a matrix unit.
+            prompts where this CPU has a matrix unit; default "auto". A compiled folder has its own.
         progress: called with (layers done, layers in all).
         whole_step: decode in one native call a step, where the model can be compiled so; False runs op by op.
+        trust: run native code of a compiled folder that somebody else can write.
 
     Raises:
         FormatError: the file is missing or damaged.
         UnsupportedError: an architecture, type or option that is not implemented.
         TargetError: this host cannot run the target.
+        TrustError: a compiled folder that somebody else can write, without ``trust``.
         CapacityError: the model does not fit the memory; the text has the numbers.
     """
-    _check_kv(kv)
+    if isinstance(path, CompiledFolder) or is_compiled(path):
+        from .run_folder import load_folder
+
+        if quantize is not None:
+            raise UnsupportedError(
+                f"{path} is compiled: its weights are packed; quantize the model it came from"
+            )
+        folder = path if isinstance(path, CompiledFolder) else open_folder(path, trust=trust)
+        return load_folder(
+            folder, target=target, context=context, kv=kv, threads=threads, activation=activation,
+            whole_step=whole_step,
+        )  # fmt: skip
+    kv, activation = kv or "bf16", activation or "auto"
+    require_kv(kv)
     resolved = Target.parse(target)
-    use_target(resolved)
-    checkpoint = open_checkpoint(path)
-    needed = plan_memory(checkpoint, context=context, kv=kv, quantize=quantize)
+    checkpoint = QuantisedCheckpoint(open_checkpoint(path), quantize)
+    return load_checkpoint(
+        checkpoint, resolved, context=context, kv=kv, threads=threads, activation=activation,
+        progress=progress, whole_step=whole_step,
+    )  # fmt: skip
+
+
+def load_checkpoint(
+    checkpoint: Any, target: Target, *, context: int | None, kv: str, threads: int | None, activation: str,
+    progress: Callable[[int, int], None] | None, whole_step: bool,
+) -> LanguageModel:  # fmt: skip
+    """Load an opened checkpoint for this host; options as in ``load``."""
+    use_target(target)
+    needed = plan_memory(checkpoint, context=context, kv=kv)
     require_memory(needed)
     count = set_threads(threads)
     decoder = Decoder.from_checkpoint(
-        checkpoint,
-        context=needed.context,
-        target=resolved,
-        quantize=quantize,
-        activation=activation,
-        progress=progress,
-    )
+        checkpoint, context=needed.context, target=target, activation=activation, progress=progress
+    ).eval()
     model = LanguageModel(
-        decoder.eval(), checkpoint.path, checkpoint.metadata, needed, target=resolved, threads=count, kv=kv
-    )
+        decoder, checkpoint.path, checkpoint.metadata, needed, target=target, threads=count, kv=kv,
+        tokenizer=getattr(checkpoint, "tokenizer", None),
+    )  # fmt: skip
     if whole_step:
-        compiled, model.whole_step_declined = compile_decoder(decoder, resolved, kv)
+        compiled, model.whole_step_declined = compile_decoder(decoder, target, kv)
         if compiled is not None:
             model.step = compiled
         ops.sample(torch.zeros(1, decoder.config.vocab_size))  # built now, not between two tokens
     return model
 
 
-def _check_kv(kv: str) -> None:
+def require_kv(kv: str) -> None:
+    """Raise UnsupportedError for an unknown type of the KV cache."""
     if kv not in KV_TYPES:
         raise UnsupportedError(f"kv={kv!r} is not supported; use one of {', '.join(KV_TYPES)}")

@@ -74,6 +74,13 @@ def plan_memory(
     )
 
 
+def plan_folder(config: ModelConfig, weights: int, context: int, kv: str) -> MemoryPlan:
+    """What a compiled folder with so many bytes of weights needs."""
+    tokens = choose_context(config, context)
+    cache = KVCache.bytes_needed(config.num_layers, 1, config.num_kv_heads, config.head_dim, tokens, kv)
+    return MemoryPlan(weights, cache, workspace_bytes(config, 1, min(PREFILL_CHUNK, tokens), tokens), tokens)
+
+
 def weight_bytes(checkpoint: GGUFCheckpoint, quantize: str | None) -> int:
     """Bytes of the packed weights, norms and biases, as the decoder fuses them."""
     config = checkpoint.config

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..compiler.errors import UnsupportedError
 from ..kernels.quant_matmul import CanonicalWeight, WeightFormat
 
+TABLES = ("embed", "head")
 CHOICES = {"int4": WeightFormat.int4(32, zero="minimum"), "int8": WeightFormat.int8(32)}
 
 
@@ -30,6 +33,25 @@ def requantise(weight: CanonicalWeight, quantize: str | None, *, table: bool = F
     """The weight in the requested format, rounded to nearest; untouched where it already fits."""
     wanted = requested_format(weight.format, quantize, table=table)
     return weight if wanted == weight.format else CanonicalWeight.from_float(weight.dequantize(), wanted)
+
+
+class QuantisedCheckpoint:
+    """Hands a checkpoint's weights on in the requested format (see `requested_format`)."""
+
+    def __init__(self, checkpoint: Any, quantize: str | None) -> None:
+        self._checkpoint, self._quantize = checkpoint, quantize
+        self.config = checkpoint.config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def format(self, name: str) -> WeightFormat:
+        """The format of a matrix after rounding."""
+        return requested_format(self._checkpoint.format(name), self._quantize, table=name in TABLES)
+
+    def weight(self, name: str) -> CanonicalWeight:
+        """One matrix, rounded."""
+        return requantise(self._checkpoint.weight(name), self._quantize, table=name in TABLES)
 
 
 def joined_format(formats: list[WeightFormat]) -> WeightFormat:

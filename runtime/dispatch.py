@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..compiler.errors import BuildError, DeclinedError
@@ -36,7 +37,7 @@ def choose(operator: Operator, spec: Any, target: Target, form: str | None = Non
             continue
         answer = candidate.decide(spec, target)
         if answer is None:
-            configuration = candidate.space(spec, target)[0]
+            configuration = launch.default_configuration(operator.name, candidate, spec, target)
             choice = Choice(
                 operator.name,
                 spec.key(),
@@ -55,6 +56,7 @@ def choose(operator: Operator, spec: Any, target: Target, form: str | None = Non
 
 _target: Target | None = None
 _generation = 0
+_planned: list[tuple[str, Form, Any]] | None = None  # what was chosen for another device
 _bound: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _choices: dict[tuple[Any, ...], Choice] = {}
 
@@ -72,6 +74,13 @@ def use_target(target: Target | None) -> None:
     if target != _target:
         _generation += 1
     _target = target
+
+
+def forget() -> None:
+    """Bind every operator again at its next call: for compiling, which has to see what is used."""
+    global _generation
+    _generation += 1
+    _bound.clear()
 
 
 def generation() -> int:
@@ -94,8 +103,29 @@ def bound(operator: Operator, spec: Any, form: str | None = None) -> Callable[..
     return found
 
 
+@contextmanager
+def planning(target: Target) -> Iterator[list[tuple[str, Form, Any]]]:
+    """Collect (operator, form, spec) of what `target` would run, while the reference forms compute here.
+
+    For compiling for another device: nothing of the target's own code runs.
+    """
+    global _target, _planned
+    before, chosen = _target, []
+    _target, _planned = target, chosen
+    forget()
+    try:
+        yield chosen
+    finally:
+        _target, _planned = before, None
+        forget()
+
+
 def _bind(operator: Operator, spec: Any, form: str | None) -> tuple[Callable[..., Any], Choice]:
     target = current_target()
+    if _planned is not None:
+        chosen, choice = choose(operator, spec, target, form)
+        _planned.append((operator.name, chosen, spec))
+        return operator.form("reference").bind(spec, {}, target, None), choice
     failed: list[tuple[str, str]] = []
     remaining = operator
     while True:

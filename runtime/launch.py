@@ -7,7 +7,9 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,49 @@ _building = threading.Lock()  # TVM's builder is not made for two Python threads
 statistics = {"built": 0, "loaded": 0}
 
 
+@dataclass(frozen=True)
+class Used:
+    """A library that was asked for: what it was built for, and its file."""
+
+    operator: str
+    form: str
+    spec: str
+    configuration: str  # JSON
+    path: Path
+
+
+_travelled: dict[tuple[str, str, str, str], tuple[str, Path]] = {}
+_recorders: list[dict[tuple[str, str, str], Used]] = []
+
+
+def use_travelled(kernels: Mapping[tuple[str, str, str], tuple[str, Path]], target: Target) -> None:
+    """Take a compiled folder's libraries: (operator, form, spec) -> (configuration, file)."""
+    _travelled.update({(*key, target.key()): value for key, value in kernels.items()})
+
+
+def default_configuration(name: str, form: Form, spec: Any, target: Target) -> dict[str, Any]:
+    """Return the configuration that a travelled library was built with, else the form's default."""
+    found = _travelled.get((name, form.name, spec.key(), target.key()))
+    return form.space(spec, target)[0] if found is None else json.loads(found[0])
+
+
+@contextmanager
+def recording() -> Iterator[dict[tuple[str, str, str], Used]]:
+    """Collect every library that is asked for inside of the block."""
+    used: dict[tuple[str, str, str], Used] = {}
+    _recorders.append(used)
+    try:
+        yield used
+    finally:
+        _recorders.remove(used)
+
+
+def _record(name: str, form: Form, spec: Any, configuration: str, library: Any) -> None:
+    for used in _recorders:
+        if library.handle is not None:
+            used[name, form.name, spec.key()] = Used(name, form.name, spec.key(), configuration, library.path)
+
+
 def bind(
     operator: Operator, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
 ) -> Callable[..., Any]:
@@ -44,15 +89,43 @@ def bind(
 
 def load_or_build(name: str, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target) -> Any:
     """Return the loaded library of (form, spec, configuration); one library a key and process."""
-    key = ArtifactKey(
-        operator=name,
-        form=form.name,
-        spec=spec.key(),
-        configuration=json.dumps(dict(configuration), sort_keys=True),
-        target=target.key(),
-        versions=tvm_llvm.versions(),
-        sources=source_digest(form.sources),
+    text = json.dumps(dict(configuration), sort_keys=True)
+    library = _load_travelled(name, form, spec, text, target) or _library(
+        name, form, spec, text, configuration, target
     )
+    _record(name, form, spec, text, library)
+    return library
+
+
+def build_only(name: str, form: Form, spec: Any, target: Target) -> Used:
+    """Build the library of (form, spec) for a target that need not run here; nothing is loaded."""
+    configuration = form.space(spec, target)[0]
+    text = json.dumps(configuration, sort_keys=True)
+    key = _key(name, form, spec, text, target)
+    with _building:
+        folder = _stored(key, form, spec, configuration, target)
+    if not isinstance(folder, Path):
+        raise BuildError(f"no linker for {target.arch}: install gcc or clang, or `pip install ziglang`")
+    return Used(name, form.name, spec.key(), text, folder / tvm_llvm.LIBRARY_NAME)
+
+
+def _load_travelled(name: str, form: Form, spec: Any, configuration: str, target: Target) -> Any:
+    found = _travelled.get((name, form.name, spec.key(), target.key()))
+    if found is None or found[0] != configuration:
+        return None
+    path = str(found[1])
+    if path not in _libraries:
+        statistics["loaded"] += 1
+        library = tvm_llvm.load(found[1])
+        threads.attach(library)
+        _libraries[path] = library
+    return _libraries[path]
+
+
+def _library(
+    name: str, form: Form, spec: Any, text: str, configuration: Mapping[str, Any], target: Target
+) -> Any:
+    key = _key(name, form, spec, text, target)
     digest = key.digest()
     if digest not in _libraries:
         target.require_runnable()
@@ -62,19 +135,39 @@ def load_or_build(name: str, form: Form, spec: Any, configuration: Mapping[str, 
     return _libraries[digest]
 
 
+def _key(name: str, form: Form, spec: Any, configuration: str, target: Target) -> ArtifactKey:
+    return ArtifactKey(
+        operator=name,
+        form=form.name,
+        spec=spec.key(),
+        configuration=configuration,
+        target=target.key(),
+        versions=tvm_llvm.versions(),
+        sources=source_digest(form.sources),
+    )
+
+
+def _stored(key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target) -> Any:
+    """Return the artifact's folder, built if there is none; without a linker, a library of this process."""
+    folder = store().get(key)
+    if folder is not None:
+        return folder
+    assert form.lower is not None
+    if problem := tvm_llvm.available():
+        raise BuildError(problem)
+    functions = form.lower(spec, configuration, target)
+    statistics["built"] += 1
+    if tvm_llvm.linker(target) is None:
+        return tvm_llvm.JitLibrary(tvm_llvm.compile_module(functions, target))
+    return store().put(key, lambda path: tvm_llvm.build(functions, target, path))[0]
+
+
 def _load_or_build(
     key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
 ) -> Any:
-    folder = store().get(key)
-    if folder is None:
-        assert form.lower is not None
-        if problem := tvm_llvm.available():
-            raise BuildError(problem)
-        functions = form.lower(spec, configuration, target)
-        statistics["built"] += 1
-        if tvm_llvm.linker(target) is None:
-            return tvm_llvm.JitLibrary(tvm_llvm.compile_module(functions, target))
-        folder, _ = store().put(key, lambda path: tvm_llvm.build(functions, target, path))
+    folder = _stored(key, form, spec, configuration, target)
+    if not isinstance(folder, Path):
+        return folder
     statistics["loaded"] += 1
     library = tvm_llvm.load(folder / tvm_llvm.LIBRARY_NAME)
     threads.attach(library)

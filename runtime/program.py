@@ -49,13 +49,17 @@ class StepProgram:
         if declined is not None:
             raise DeclinedError(f"the whole step: {declined.reason}")
         self.spec, self.target = spec, target
-        self.configuration = configuration or TVM_CPU.space(spec, target)[0]
+        self.configuration = configuration or launch.default_configuration(
+            "decoder_step", TVM_CPU, spec, target
+        )
         library = launch.load_or_build("decoder_step", TVM_CPU, spec, self.configuration, target)
         if library.handle is None:
             raise DeclinedError("the whole step: without a linker kernels run on TVM's own thread pool")
         self._step_1, self._step_n = library.function("step_1"), library.function("step_n")
         self.chunk_spec = chunk_spec or spec
-        self.chunk_configuration = TVM_CPU.space(self.chunk_spec, target)[0]
+        self.chunk_configuration = launch.default_configuration(
+            "decoder_step", TVM_CPU, self.chunk_spec, target
+        )
         if chunk_spec is not None:
             library = launch.load_or_build(
                 "decoder_step", TVM_CPU, chunk_spec, self.chunk_configuration, target

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..compiler.artifacts import ArtifactKey, ArtifactStore
 from ..compiler.backends import tvm_llvm
 from ..compiler.errors import BuildError
-from ..compiler.target import available_cores, detect
+from ..compiler.target import Target, available_cores, detect
 
 _OPENMP_SYMBOLS = (
     "GOMP_parallel",
@@ -55,12 +55,28 @@ def attach(library: tvm_llvm.LoadedLibrary) -> None:
         pointer.value = ctypes.cast(getattr(shim, function), ctypes.c_void_p).value
 
 
+_travelled: Path | None = None
+
+
+def use_launcher(path: Path) -> None:
+    """Take the launcher of a compiled folder instead of building one; no effect once one is loaded."""
+    global _travelled
+    _travelled = path
+
+
 @functools.cache
 def launcher() -> ctypes.CDLL:
     """Return the loaded launcher, built once with the host's linker. Raises BuildError where none fits."""
     openmp = _openmp()
+    shim = ctypes.CDLL(str(_travelled or launcher_file(detect())))
+    addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in _OPENMP_SYMBOLS]
+    shim.ef_initialise(*addresses)
+    return shim
+
+
+def launcher_file(target: Target) -> Path:
+    """Return the launcher's library for a target, built if the store has none. Raises BuildError."""
     source = (resources.files(__package__ or "") / "launcher.c").read_text()
-    target = detect()
     key = ArtifactKey("launcher", "c", "1", "", target.arch, sys.platform, source)
 
     def build(folder: Path) -> None:
@@ -75,10 +91,7 @@ def launcher() -> ctypes.CDLL:
 
     store = ArtifactStore()
     folder = store.get(key) or store.put(key, build)[0]
-    shim = ctypes.CDLL(str(folder / tvm_llvm.LIBRARY_NAME))
-    addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in _OPENMP_SYMBOLS]
-    shim.ef_initialise(*addresses)
-    return shim
+    return folder / tvm_llvm.LIBRARY_NAME
 
 
 def _openmp() -> ctypes.CDLL:

@@ -187,6 +187,7 @@ def pack(
 ) -> PackedWeight:
     """Lay a canonical weight out for `target` (default: this host), in memory of `arena` if one is given.
 
+    A weight on the meta device gets a buffer on the meta device: its size and layout, no memory.
     Raises UnsupportedError for a pair with an odd number of rows and for a weight that wants a gradient.
     """
     fmt, n, k = weight.format, weight.n, weight.k
@@ -196,6 +197,9 @@ def pack(
         raise UnsupportedError(f"a gate and up pair needs an even number of rows, not {n}")
     layout = layout_for(fmt, target or detect(), pair)
     geometry = Geometry(fmt, k)
+    if weight.codes.is_meta:
+        size = (2 * -(-n // 2 // BLOCK) if pair else -(-n // BLOCK)) * geometry.block_bytes
+        return PackedWeight(torch.empty(size, dtype=torch.uint8, device="meta"), fmt, n, k, layout)
     rows = _block_rows(n, pair)
     blocks = rows.numel() // BLOCK
     buffer = (aligned_empty if arena is None else arena.take)(blocks * geometry.block_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -223,11 +224,21 @@ class CanonicalWeight:
         return CanonicalWeight(fmt, flat, scale, zero, block_scale, block_zero)
 
     @staticmethod
+    def empty(fmt: WeightFormat, n: int, k: int) -> CanonicalWeight:
+        """Return a weight on the meta device: shapes and types, no values."""
+        row = _empty_row(fmt, k)
+        return CanonicalWeight(
+            fmt, **{name: torch.empty(n, columns, dtype=dtype, device="meta") for name, columns, dtype in row}
+        )
+
+    @staticmethod
     def cat(weights: list[CanonicalWeight]) -> CanonicalWeight:
         """Stack weights of one format along N."""
         formats = {w.format for w in weights}
         if len(formats) > 1:
             raise UnsupportedError(f"cannot stack weights of formats {sorted(f.key() for f in formats)}")
+        if weights[0].codes.is_meta:
+            return CanonicalWeight.empty(weights[0].format, sum(w.n for w in weights), weights[0].k)
         names = weights[0].tensors()
         return CanonicalWeight(
             weights[0].format, **{name: torch.cat([w.tensors()[name] for w in weights]) for name in names}
@@ -266,3 +277,10 @@ def _round_scales(
     held = (blocks * inverse).round().clamp(info.min, info.max)
     values = held * factor.float().unsqueeze(2)
     return held.to(dtype).view(n, -1), factor, values.view(n, -1)
+
+
+@functools.cache
+def _empty_row(fmt: WeightFormat, k: int) -> list[tuple[str, int, torch.dtype]]:
+    """Return (name, columns, dtype) of the tensors of a weight with rows of k values."""
+    row = CanonicalWeight.from_float(torch.zeros(1, k), fmt)
+    return [(name, tensor.shape[1], tensor.dtype) for name, tensor in row.tensors().items()]

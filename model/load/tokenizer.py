@@ -101,6 +101,31 @@ class ModelTokenizer:
         ends = {i for i, text in enumerate(self.tokens) if text in END_OF_TURN}
         self.stop_ids = frozenset(i for i in named | ends if i is not None)
 
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs beside the backend's own file, as JSON values."""
+        return {
+            "tokens": self.tokens, "types": self.types, "kind": self.kind, "bos_id": self.bos_id,
+            "eos_id": self.eos_id, "add_bos": self.add_bos, "stop_ids": sorted(self.stop_ids),
+        }  # fmt: skip
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], backend: Tokenizer, source: str | Path) -> ModelTokenizer:
+        """Make a tokenizer of what `state` returned and its backend. Raises FormatError."""
+        own = cls.__new__(cls)
+        own.source, own.metadata, own.backend = source, {}, backend
+        try:
+            own.tokens, own.types, own.kind = state["tokens"], state["types"], state["kind"]
+            own.bos_id, own.eos_id, own.add_bos = state["bos_id"], state["eos_id"], state["add_bos"]
+            own.stop_ids = frozenset(state["stop_ids"])
+            size = len(own.tokens)
+            numbers = [*own.stop_ids, *(i for i in (own.bos_id, own.eos_id) if i is not None)]
+            good = all(0 <= i < size for i in numbers) and len(own.types) == size
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{source}: the tokenizer's data are damaged") from error
+        if not good:
+            raise FormatError(f"{source}: the tokenizer's data are damaged")
+        return own
+
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The ids of a text; a leading BOS is added once, if the file asks for it (or ``add_bos`` does)."""
         ids = self.backend.encode(text, add_special_tokens=False).ids

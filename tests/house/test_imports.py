@@ -14,7 +14,8 @@ import edgeformer
 
 ROOT = Path(edgeformer.__file__).resolve().parent
 ORDER = ("compiler", "kernels", "runtime", "model", "bench")
-ABOVE_ALL = {"console": len(ORDER), "cli": len(ORDER) + 1, "__init__": len(ORDER) + 1}
+ABOVE_ALL = {"console": len(ORDER), "cli_options": len(ORDER), "commands": len(ORDER) + 1}
+ABOVE_ALL |= {"cli": len(ORDER) + 2, "__init__": len(ORDER) + 2}
 
 
 def level(module: str) -> int | None:
