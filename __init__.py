@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from .compiler.target import Target
-    from .model.compile_folder import compile_model as compile
+    from .model.compile import compile
+    from .model.dropin.cache import EdgeFormerCache
     from .model.evaluate import evaluate
     from .model.loading import load, plan
+    from .model.replace import optimize
     from .model.report import report
 
 __version__ = "0.1.0"
@@ -31,9 +33,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": ".model.loading",
     "plan": ".model.loading",
+    "optimize": ".model.replace",
+    "EdgeFormerCache": ".model.dropin.cache",
     "evaluate": ".model.evaluate",
     "report": ".model.report",
-    "compile": ".model.compile_folder:compile_model",
+    "compile": ".model.compile",
     "Target": ".compiler.target",
     "EdgeFormerError": ".compiler.errors",
     "TargetError": ".compiler.errors",
@@ -49,6 +53,7 @@ __all__ = [
     "BuildError",
     "CapacityError",
     "DeclinedError",
+    "EdgeFormerCache",
     "EdgeFormerError",
     "FormatError",
     "Target",
@@ -58,6 +63,7 @@ __all__ = [
     "compile",
     "evaluate",
     "load",
+    "optimize",
     "plan",
     "report",
 ]

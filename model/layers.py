@@ -25,7 +25,7 @@ class PackedModule(nn.Module):
     """Base of the layers that hold one PackedWeight: its canonical form in and out of the state dict."""
 
     def __init__(self, weight: PackedWeight, *, target: Any = None, saved: bool = True) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may have a second base with a constructor of its own
         self.weight = weight
         self.target = target
         self.saved = saved  # False: another layer owns this weight and saves it
@@ -64,7 +64,11 @@ class PackedModule(nn.Module):
         except (TypeError, ValueError) as error:
             raise FormatError(f"{prefix}format does not describe a weight format: {error}") from error
         rest = [own[name] for name in TENSORS[1:]]
-        self.weight = pack(CanonicalWeight(fmt, codes, *rest), self.target, pair=self.weight.pair)
+        self.adopt(pack(CanonicalWeight(fmt, codes, *rest), self.target, pair=self.weight.pair))
+
+    def adopt(self, weight: PackedWeight) -> None:
+        """Take another weight of the same shape."""
+        self.weight = weight
 
     def extra_repr(self) -> str:
         return f"n={self.weight.n}, k={self.weight.k}, format={self.weight.format}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,6 +179,15 @@ class KVCache:
             copy._layers.append(LayerKV(copy, layer.k.clone(), layer.v.clone(), *scales))
         return copy
 
+    def take_tokens(self, other: KVCache) -> None:
+        """Copy the tokens of a smaller cache of the same layers, rows and types into this one."""
+        for i, old in enumerate(other._layers):
+            for name in ("k", "v", "k_scale", "v_scale"):
+                held, room = getattr(old, name), getattr(self.layer(i), name)
+                if held is not None:  # [B, H, blocks or slots, ...]
+                    room[:, :, : held.shape[2]] = held
+        self.length = other.length
+
     def trim(self, length: int) -> None:
         """Keep the first `length` tokens. Raises CapacityError when there are fewer."""
         if not 0 <= length <= self.length:
@@ -187,6 +197,20 @@ class KVCache:
     def rollback(self, tokens: int) -> None:
         """Drop the last `tokens` tokens. Raises CapacityError when there are fewer."""
         self.trim(self.length - tokens)
+
+
+def select_rows(cache: KVCache, rows: Tensor) -> KVCache:
+    """Return a new cache with the sequences `rows` int64 [B] of this one (for beams), with its tokens."""
+    picked = copy.copy(cache)
+    picked._layers = []
+    for layer in cache._layers:
+        tensors = [None if t is None else t.index_select(0, rows) for t in _all(layer)]
+        picked._layers.append(LayerKV(picked, *tensors))  # pyright: ignore[reportArgumentType]
+    return picked
+
+
+def _all(layer: LayerKV) -> tuple[Tensor | None, ...]:
+    return (layer.k, layer.v, layer.k_scale, layer.v_scale)
 
 
 def _slots(capacity: int) -> int:

@@ -131,6 +131,28 @@ def quant_matmul(
     return y if x.dim() == 2 else y.view(*shape[:-1], n_out)
 
 
+def matmul_row(
+    weight: PackedWeight, dtype: torch.dtype, bias: bool, epilogue: str, activation: str
+) -> Callable[[int, int, int, int], None] | None:
+    """Return the bare call of one row of `quant_matmul`, (x, weight, bias, y) addresses, or None.
+
+    The caller checks everything, and asks again when `dispatch.generation()` changes.
+    """
+    if activation == "auto":
+        activation = fastest_activation(1, weight.format, dispatch.current_target())
+    call = _bind_matmul(torch.empty(0, dtype=dtype), weight, bias, False, epilogue, activation, 0.0, None)
+    return getattr(call, "row", None)
+
+
+def norm_row(
+    weight: torch.Tensor, dtype: torch.dtype, bias: bool, eps: float, kind: str, weight_offset: float
+) -> Callable[[int, int, int, int], None] | None:
+    """Return the bare call of one row of `norm`, as `matmul_row` does."""
+    names = (dtype_name(torch.empty(0, dtype=dtype), "x"), dtype_name(weight, "weight"))
+    spec = NormSpec(kind, weight.shape[0], eps, *names, "", weight_offset, bias)
+    return getattr(bound(NORM, spec), "row", None)
+
+
 def _bind_matmul(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -282,21 +304,27 @@ def attention(
     return_lse: bool = False,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    math: str = "float32",
     form: str | None = None,
 ) -> Any:
     """Return attention of q [B, Hq, Tq, D] over k [B, Hkv, Tk, D] and v [B, Hkv, Tk, Dv], in q's dtype.
 
     Tensors may have any strides with a last one of 1. Masks, window, softcap and sinks as in
-    AttentionSpec; with `return_lse` the result is (out, lse fp32 [B, Hq, Tq]).
+    AttentionSpec; with `return_lse` the result is (out, lse fp32 [B, Hq, Tq]). `math` as in
+    `attention_cached`.
     """
+    if math == "auto":
+        math = _fastest_math(q, _kv_name(k), mask)
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     flags = (bool(window), bool(softcap), sinks is not None, return_lse)
 
     def spec() -> AttentionSpec:
         bias_name = "float32" if bias is None else dtype_name(bias, "bias")
-        return AttentionSpec(*shape, dtype_name(q, "q"), _kv_name(k), mask, "strided", *flags, bias_name)
+        types = (dtype_name(q, "q"), _kv_name(k))
+        return AttentionSpec(*shape, *types, mask, "strided", *flags, bias_name, math=math)
 
-    key = ("attention", *shape, q.dtype, k.dtype, mask, *flags, None if bias is None else bias.dtype, form)
+    bias_dtype = None if bias is None else bias.dtype
+    key = ("attention", *shape, q.dtype, k.dtype, mask, *flags, bias_dtype, math, form)
     out, lse = _call(key, ATTENTION, spec, form)(
         q, k, v, lengths=lengths, bias=bias, prefix=prefix, window=window, sinks=sinks, softcap=softcap,
         scale=scale, q_offset=q_offset, k_scale=k_scale, v_scale=v_scale,
@@ -311,6 +339,7 @@ def attention_cached(
     *,
     mask: str = "causal",
     lengths: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -325,14 +354,22 @@ def attention_cached(
     makes it faster.
     """
     if math == "auto":
-        math = fastest_math(q.shape[2], cache.dtype, dispatch.current_target())
+        math = _fastest_math(q, cache.dtype, mask)
     shape = (q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3])
     flags = (bool(window), bool(softcap), sinks is not None)
-    spec = lambda: AttentionSpec(*shape, dtype_name(q, "q"), cache.dtype, mask, "blocked", *flags, math=math)  # noqa: E731
-    key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, math, form)
+
+    def spec() -> AttentionSpec:
+        bias_name = "float32" if bias is None else dtype_name(bias, "bias")
+        types = (dtype_name(q, "q"), cache.dtype)
+        return AttentionSpec(*shape, *types, mask, "blocked", *flags, bias_dtype=bias_name, math=math)
+
+    bias_dtype = None if bias is None else bias.dtype
+    if mask == "none" and bias is None and sinks is None and lengths is None and not window:
+        return _decode_attention(q, cache, position, spec, softcap, scale, form)
+    key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, bias_dtype, math, form)
     return _call(key, ATTENTION, spec, form)(
         q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
-        lengths=lengths, window=window, softcap=softcap, scale=scale, sinks=sinks,
+        lengths=lengths, bias=bias, window=window, softcap=softcap, scale=scale, sinks=sinks,
     )[0]  # fmt: skip
 
 
@@ -422,6 +459,29 @@ def sparse_mlp(
     flat = x.reshape(-1, hidden).contiguous()
     options = {"threshold": threshold} if indices is None else {"indices": indices}
     return _call((*key, form), SPARSE_MLP, spec, form)(flat, gate_up, down, **options).view(x.shape)
+
+
+def _decode_attention(
+    q: torch.Tensor, cache: LayerKV, position: int, spec: Callable[[], AttentionSpec], softcap: float,
+    scale: float | None, form: str | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention without a mask over a cache whose shapes its owner has checked: what each token does."""
+    heads, size = q.shape[1], q.shape[3]
+    calls = cache.cache.bound_calls
+    key = ("attention", heads, size, q.dtype, softcap, form, dispatch.generation())
+    call = calls.get(key)
+    if call is None:
+        call = calls[key] = bound(ATTENTION, spec(), form)
+    tk, fits = position + q.shape[2], q.dim() == 4 and q.shape[0] == cache.k.shape[0] and q.stride(3) == 1
+    bare = getattr(call, "unchecked", None)
+    run = bare if bare is not None and fits and tk <= cache.capacity else call
+    options = {} if cache.k_scale is None else {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+    return run(q, cache.k, cache.v, tk=tk, softcap=softcap, scale=scale, **options)[0]  # pyright: ignore
+
+
+def _fastest_math(q: torch.Tensor, kv_dtype: str, mask: str) -> str:
+    """Return what "auto" stands for; a bias has no matrix-unit kernel."""
+    return "float32" if mask == "additive" else fastest_math(q.shape[2], kv_dtype, dispatch.current_target())
 
 
 def _kv_name(k: torch.Tensor) -> str:

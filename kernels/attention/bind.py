@@ -105,6 +105,7 @@ def bind(
     def checked(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         return call(*check(spec, q, k, v, options), **options)
 
+    checked.unchecked = call  # pyright: ignore[reportFunctionMemberAccess]  # for callers that have checked
     return checked
 
 

@@ -90,6 +90,10 @@ def bind(spec: NormSpec, configuration: Configuration, target: Target, library: 
         function(*inputs, out.data_ptr(), rows, flat.stride(0))
         return out
 
+    # one row at bare addresses (x, weight, bias, out), unchecked: for callers that have checked
+    plain = not groups and not spec.residual
+    row = lambda x, weight, bias, out: serial(x, weight, bias, 0, out, 1, dim)  # noqa: E731
+    call.row = row if plain else None  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

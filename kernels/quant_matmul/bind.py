@@ -17,7 +17,11 @@ from .spec import QuantMatmulSpec
 def bind(
     spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target, library: Any
 ) -> Callable[..., torch.Tensor]:
-    """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out]."""
+    """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out].
+
+    `call.row(x, weight, bias, y)` is the same for one row at bare addresses (bias 0: none), without a check:
+    for callers that have checked, and for whom microseconds count. It is None where one row has no kernel.
+    """
     gemm = library.function("gemm")
     gemv, rows = (None, None) if uses_matrix(spec) else (library.function("gemv"), library.function("rows"))
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
@@ -63,4 +67,20 @@ def bind(
         )
         return y
 
+    if gemv is not None and not spec.residual:
+        call.row = _row(gemv, line(k_padded * code_size), line(groups * 4))  # pyright: ignore
+    else:
+        call.row = None  # pyright: ignore
     return call
+
+
+def _row(gemv: Callable[..., Any], codes: int, scales: int) -> Callable[[int, int, int, int], None]:
+    sums, end = codes + scales, codes + 2 * scales
+    nbytes = end + COUNTER_BYTES
+
+    def row(x: int, weight: int, bias: int, y: int) -> None:
+        base = scratch(nbytes)
+        at = base + end
+        gemv(1, torch.get_num_threads(), 1, x, weight, bias, 0, y, base, base + codes, base + sums, at, at)
+
+    return row

@@ -1,0 +1,316 @@
+"""The modules that take the place of a model's own: linear, gated MLP, norm and embedding over our ops."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...compiler.errors import UnsupportedError
+from ...kernels.quant_matmul import CanonicalWeight, PackedWeight, pack
+from ...runtime import dispatch, ops, torch_ops
+from ...runtime.torch_ops import direct, idle
+from ..layers import GATES, PackedModule
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+class LayerWeight(PackedWeight):
+    """A packed weight that code written for `nn.Linear.weight` can ask for shape, dtype, device and data.
+
+    `data` is dequantised; assigning to it rounds to the weight's format (that is how adapters are merged).
+    """
+
+    dtype: torch.dtype = torch.float32  # of the weight that was packed
+
+    @staticmethod
+    def of(weight: PackedWeight, dtype: torch.dtype) -> LayerWeight:
+        """Return the same buffer with the dtype that the weight had."""
+        layer = LayerWeight(weight.buffer, weight.format, weight.n, weight.k, weight.layout)
+        layer.dtype = dtype
+        return layer
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return torch.Size((self.n, self.k))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffer lies."""
+        return self.buffer.device
+
+    @property
+    def data(self) -> Tensor:
+        """The values [N, K] in `dtype`, a copy."""
+        return self.unpack().dequantize().to(self.dtype)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape:
+            raise UnsupportedError(f"a weight of {tuple(self.shape)} cannot take {tuple(value.shape)}")
+        packed = pack(CanonicalWeight.from_float(value, self.format), dispatch.current_target(), self.pair)
+        self.buffer.copy_(packed.buffer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerWeight:
+        return LayerWeight.of(super().__deepcopy__(memo), self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.unpack(), self.pair, self.dtype)
+
+
+def _rebuild(weight: CanonicalWeight, pair: bool, dtype: torch.dtype) -> LayerWeight:
+    return LayerWeight.of(pack(weight, dispatch.current_target(), pair), dtype)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in autocast's dtype, where autocast is on, as torch's own linear layers do."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+class OneRow(nn.Module):
+    """A layer that calls its kernel on bare addresses for one row [1, 1, K] with nobody watching.
+
+    Decoding a token is some hundred such calls of a few microseconds; the general path costs as much again.
+    """
+
+    _one: tuple[int, int, int]
+    _out: tuple[int, int, int]
+    _lean: Any = None  # (dtype of x, generation of the target, call or None, address of the weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lean": None}
+
+    def _bare(self, x: Tensor) -> Any:
+        """Return the bound call for x's dtype on the present target."""
+        lean = self._lean
+        if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
+            lean = self._lean = self._bind_row(x.dtype)
+        return lean
+
+    def _bind_row(self, dtype: torch.dtype) -> Any:
+        raise NotImplementedError
+
+
+class Linear(OneRow, PackedModule, nn.Linear):
+    """`nn.Linear` on a packed weight: x [..., in_features] -> [..., out_features] in x's dtype.
+
+    `weight` is a `LayerWeight`; `activation` "int8", "float" or "auto" as in `runtime.ops.quant_matmul`.
+    A subclass of `nn.Linear`, so that adapters (PEFT) attach to it.
+    """
+
+    weight: LayerWeight  # pyright: ignore
+
+    def __init__(
+        self, weight: LayerWeight, bias: Tensor | None, *, activation: str = "auto", saved: bool = True
+    ) -> None:
+        PackedModule.__init__(self, weight, saved=saved)
+        self.in_features, self.out_features = weight.k, weight.n
+        self.activation = activation
+        self.code = torch_ops.weight_code(weight)
+        self._one, self._out = (1, 1, weight.k), (1, 1, weight.n)
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+            bias = nn.Parameter(bias.detach().float().contiguous(), bias.requires_grad)
+        elif bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def _bind_row(self, dtype: torch.dtype) -> Any:
+        weight = self.weight
+        call = ops.matmul_row(weight, dtype, self.bias is not None, "none", self.activation)
+        return dtype, dispatch.generation(), call, weight.buffer.data_ptr()
+
+    def adopt(self, weight: PackedWeight) -> None:
+        """Take another weight of the same shape."""
+        self._lean = None
+        self.weight = LayerWeight.of(weight, self.weight.dtype)
+        self.code = torch_ops.weight_code(weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
+        if x.shape == self._one and idle(x) and x.is_contiguous():
+            bias: Tensor | None = self._parameters["bias"]
+            _, _, call, weight = self._bare(x)
+            if call is not None and (bias is None or bias.dtype is torch.float32):
+                if torch_ops._recorders:
+                    torch_ops.note("linear", weight, 1)
+                y = x.new_empty(self._out)
+                call(x.data_ptr(), weight, 0 if bias is None else bias.data_ptr(), y.data_ptr())
+                return y
+        return self._general(x)
+
+    def _general(self, x: Tensor) -> Tensor:
+        x = autocast(x)
+        if direct(x) and not (self.bias is not None and self.bias.requires_grad):
+            return torch_ops.matmul(x, self.weight, self.bias, self.activation)
+        weight = self.weight
+        return torch.ops.edgeformer.linear(
+            x, weight.buffer, self.bias, weight.n, self.code, self.activation, "none"
+        )
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, {self.weight.format.key()}"
+
+
+class Half(nn.Linear):
+    """The gate or the up projection of a GatedMLP, by itself: for adapters and for whoever calls it alone.
+
+    Its rows are packed once more when it is first called.
+    """
+
+    weight: Any  # pyright: ignore
+
+    def __init__(self, pair: LayerWeight, first: bool, activation: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = pair.k, pair.n // 2
+        self.first, self.activation = first, activation
+        self.register_parameter("bias", None)
+        self.pair = pair
+        self._own: Linear | None = None
+
+    @property
+    def alone(self) -> Linear:
+        """This half as a linear layer of its own."""
+        own = self.__dict__.get("_own")
+        if own is None:
+            half = self.out_features
+            start = 0 if self.first else half
+            rows = self.pair.unpack().slice_rows(start, start + half)
+            weight = LayerWeight.of(pack(rows, dispatch.current_target()), self.pair.dtype)
+            own = Linear(weight, None, activation=self.activation, saved=False)
+            self.__dict__["_own"] = own
+        return own
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
+        return self.alone(x)
+
+
+class GatedMLP(OneRow, PackedModule):
+    """down(act(gate(x)) * up(x)) with gate and up in one product; `gate` is "silu" or "gelu_tanh".
+
+    `gate_proj` and `up_proj` stay addressable; when something else stands in their place (an adapter), it
+    is called and the products are separate.
+    """
+
+    weight: LayerWeight
+
+    def __init__(self, pair: LayerWeight, down: nn.Module, activation: str, gate: str = "silu") -> None:
+        super().__init__(pair)
+        self.gate, self.epilogue = gate, GATES[gate]
+        self._one, self._out = (1, 1, pair.k), (1, 1, pair.n // 2)
+        self.activation = activation
+        self.code = torch_ops.weight_code(pair)
+        self.gate_proj: nn.Module = Half(pair, True, activation)
+        self.up_proj: nn.Module = Half(pair, False, activation)
+        self.down_proj = down
+
+    def _bind_row(self, dtype: torch.dtype) -> Any:
+        weight = self.weight
+        call = ops.matmul_row(weight, dtype, False, self.epilogue, self.activation)
+        return dtype, dispatch.generation(), call, weight.buffer.data_ptr()
+
+    def adopt(self, weight: PackedWeight) -> None:
+        """Take another weight of the same shape."""
+        self._lean = None
+        self.weight = LayerWeight.of(weight, self.weight.dtype)
+        self.code = torch_ops.weight_code(weight)
+        for half in (self.gate_proj, self.up_proj):
+            if isinstance(half, Half):
+                half.pair = self.weight
+                half.__dict__["_own"] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.gate_proj.__class__ is Half and self.up_proj.__class__ is Half):
+            return self.down_proj(ACTIVATIONS[self.gate](self.gate_proj(x)) * self.up_proj(x))
+        if x.shape == self._one and idle(x) and x.is_contiguous():
+            _, _, call, address = self._bare(x)
+            if call is not None:
+                if torch_ops._recorders:
+                    torch_ops.note("linear", address, 1)
+                y = x.new_empty(self._out)
+                call(x.data_ptr(), address, 0, y.data_ptr())
+                return self.down_proj(y)
+        x = autocast(x)
+        if direct(x):
+            return self.down_proj(torch_ops.matmul(x, self.weight, None, self.activation, self.epilogue))
+        weight = self.weight
+        hidden = torch.ops.edgeformer.linear(
+            x, weight.buffer, None, weight.n, self.code, self.activation, self.epilogue
+        )
+        return self.down_proj(hidden)
+
+
+class Norm(OneRow):
+    """RMSNorm or LayerNorm over the last dimension, in x's dtype; the sums are fp32, rounded once."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float, kind: str, weight_offset: float
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.eps, self.kind, self.weight_offset = eps, kind, weight_offset
+        self._one = self._out = (1, 1, weight.shape[0])
+
+    def _bind_row(self, dtype: torch.dtype) -> Any:
+        weight, biased = self.weight, self.bias is not None
+        call = ops.norm_row(weight, dtype, biased, self.eps, self.kind, self.weight_offset)
+        return dtype, dispatch.generation(), call, weight.dtype
+
+    @property
+    def variance_epsilon(self) -> float:
+        """The name that transformers gives to eps."""
+        return self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape == self._one and idle(x) and x.is_contiguous():
+            parameters = self._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
+            _, _, call, dtype = self._bare(x)
+            assert weight is not None
+            if call is not None and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+                if torch_ops._recorders:
+                    torch_ops.note("norm", weight.data_ptr(), 1)
+                y = x.new_empty(self._out)
+                call(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
+                return y
+        return self._general(x)
+
+    def _general(self, x: Tensor) -> Tensor:
+        if self.kind == "layer" and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # as torch does
+        if direct(x) and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return torch_ops.norm(x, self.weight, self.bias, self.eps, self.kind, self.weight_offset)
+        return torch.ops.edgeformer.norm(x, self.weight, self.bias, self.eps, self.kind, self.weight_offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, {self.kind}, eps={self.eps}"
+
+
+class Embedding(PackedModule):
+    """Rows of a packed table: ids [...] -> [..., K] in the dtype that the table had."""
+
+    weight: LayerWeight
+
+    def __init__(self, weight: LayerWeight, padding_idx: int | None = None) -> None:
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.n, weight.k
+        self.padding_idx = padding_idx
+        self.code = torch_ops.weight_code(weight)
+
+    def adopt(self, weight: PackedWeight) -> None:
+        """Take another table of the same shape."""
+        self.weight = LayerWeight.of(weight, self.weight.dtype)
+        self.code = torch_ops.weight_code(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self.weight
+        if direct(ids):
+            return torch_ops.gather(ids, weight, weight.dtype)
+        return torch.ops.edgeformer.embedding(ids, weight.buffer, weight.n, weight.k, self.code, weight.dtype)
