@@ -364,7 +364,8 @@ def attention_cached(
         return AttentionSpec(*shape, *types, mask, "blocked", *flags, bias_dtype=bias_name, math=math)
 
     bias_dtype = None if bias is None else bias.dtype
-    if mask == "none" and bias is None and sinks is None and lengths is None and not window:
+    bare = bias is None and sinks is None and lengths is None and not window
+    if bare and mask == "none" and q.shape[2] == 1 and math == "float32":
         return _decode_attention(q, cache, position, spec, softcap, scale, form)
     key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, bias_dtype, math, form)
     return _call(key, ATTENTION, spec, form)(
