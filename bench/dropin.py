@@ -81,7 +81,11 @@ def variants(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
 def _peer(model: Any, name: str) -> Any:
     """PyTorch's own: "torch.compile", or torchao's weight-only "int8" or "int4" under it."""
     if name in ("int8", "int4"):
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int4WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
 
         if name == "int8":
             quantize_(model, Int8WeightOnlyConfig())

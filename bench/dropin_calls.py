@@ -22,10 +22,10 @@ def call_overhead() -> Iterator[tuple[str, float, float]]:
         weight = CanonicalWeight.from_float(torch.randn(n, k), WeightFormat.int4(zero="minimum"))
         packed = LayerWeight.of(pack(weight, dispatch.current_target()), torch.float32)
         layer = Linear(packed, None)
-        yield f"linear {n} x {k}, int4", *_compare(lambda x, layer=layer: layer(x), torch.randn(1, k))
+        yield f"linear {n} x {k}, int4", *_compare(lambda x, layer=layer: layer(x), torch.randn(1, 1, k))
     for d in (64, 576):
         norm = Norm(torch.nn.Parameter(torch.ones(d), requires_grad=False), None, 1e-5, "rms", 0.0)
-        yield f"norm {d}", *_compare(lambda x, norm=norm: norm(x), torch.randn(1, d))
+        yield f"norm {d}", *_compare(lambda x, norm=norm: norm(x), torch.randn(1, 1, d))
 
 
 @torch.inference_mode()

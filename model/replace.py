@@ -180,6 +180,7 @@ class _Job:
         weight = finding.matrix(module)
         packed = self._packed(weight, fmt)
         bias = module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
         if bias is not None and bias.dtype == torch.float64:
             raise UnsupportedError("a float64 bias")
         return Linear(packed, bias, activation=self._activation(fmt)).train(module.training)
@@ -205,8 +206,9 @@ class _Job:
     def _linear(self, entry: Found, fmt: WeightFormat | None) -> None:
         assert fmt is not None
         weight = finding.matrix(entry.module)
+        n, k = weight.shape
         spec = QuantMatmulSpec(
-            *weight.shape, fmt, "float" if fmt.is_float else "int8", dtype_name(weight, "weight"), "none",
+            n, k, fmt, "float" if fmt.is_float else "int8", dtype_name(weight, "weight"), "none",
             entry.module.bias is not None,
         )  # fmt: skip
         form = self._form(entry, QUANT_MATMUL, spec)
@@ -295,6 +297,7 @@ class _Job:
         if self.keep:
             assert self.report._undo is not None
             self.report._undo.append(lambda: model.set_attn_implementation(before))
+            self.report._redo.append(lambda: model.set_attn_implementation(NAME))
         self._cache(model)
 
     def _cache(self, model: Any) -> None:
@@ -304,9 +307,11 @@ class _Job:
             return
         from .dropin.cache import prepare_cache
 
-        setattr(model, name, functools.partial(prepare_cache, model))
+        made = functools.partial(prepare_cache, model)
+        setattr(model, name, made)
         if self.report._undo is not None:
             self.report._undo.append(lambda: model.__dict__.pop(name, None))
+            self.report._redo.append(lambda: setattr(model, name, made))
 
     def _form(self, entry: Found, operator: Any, spec: Any) -> Any:
         """The form that would run, or None when only the reference takes the problem: then it is left."""
@@ -347,6 +352,7 @@ class _Job:
         if self.keep:
             assert self.report._undo is not None
             self.report._undo.append(restore)
+            self.report._redo.append(lambda: self._swap(entry.name, new))
             self.kept |= {id(p): p.nbytes for p in self._held(entry)}
             self.report.kept_bytes = sum(self.kept.values())
         else:
@@ -376,9 +382,9 @@ class _Job:
         return restore
 
 
-def _ticker(progress: Any, total: int) -> Callable[[int], None]:
+def _ticker(progress: Any, total: int) -> Callable[[int], Any]:
     if callable(progress):
-        return lambda done: progress(done, total)
+        return lambda done: progress(done, total)  # pyright: ignore
     if not progress:
         return lambda done: None
     from rich.progress import Progress

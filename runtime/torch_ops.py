@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..kernels.quant_matmul import PackedWeight, WeightFormat
 from . import ops
 
+_transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 _ROWS = 1024  # rows of W that are dequantised at a time
 _LIBRARY = torch.library.Library("edgeformer", "DEF")
 _LIBRARY.define(
@@ -70,7 +71,7 @@ def direct(x: Tensor) -> bool:
         or x.__class__ is not Tensor
         or (torch.is_grad_enabled() and x.requires_grad)
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _transforms() is not None
     )
 
 
@@ -81,7 +82,7 @@ def idle(x: Tensor) -> bool:
         or torch.is_grad_enabled()
         or x.__class__ is not Tensor
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _transforms() is not None
         or torch.is_autocast_enabled("cpu")
         or not x.is_cpu
     )

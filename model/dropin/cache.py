@@ -75,12 +75,12 @@ class EdgeFormerLayer(CacheLayerMixin):
         return keys.to(self.dtype), values.to(self.dtype)
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # pyright: ignore
         """The dense keys, for readers that know no other layout."""
         return self.dense()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # pyright: ignore
         """The dense values."""
         return self.dense()[1] if self.is_initialized else None
 
@@ -221,7 +221,7 @@ def prepare_cache(model: Any, *args: Any, **kwargs: Any) -> Any:
             continue
         cache = made.get("past_key_values")
         fresh = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False)
-        if fresh and not cache.offloading and uniform(model.config):
+        if fresh and cache is not None and not cache.offloading and uniform(model.config):
             made["past_key_values"] = EdgeFormerCache(model.config)
     return result
 

@@ -254,6 +254,7 @@ class Norm(OneRow):
     ) -> None:
         super().__init__()
         self.weight = weight
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self.eps, self.kind, self.weight_offset = eps, kind, weight_offset
         self._one = self._out = (1, 1, weight.shape[0])

@@ -16,8 +16,8 @@ INT4, INT8 = WeightFormat.int4(32, zero="minimum"), WeightFormat.int8(32)
 _SAMPLE_ROWS = 64
 _LOSSLESS = 1e-3  # relative error below which more bits gain nothing
 _BUDGET = 0.25  # of the bytes of all layers in INT4, that "balanced" may add
-_TOGETHER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"), "qkv")
-_TOGETHER |= dict.fromkeys(("gate_proj", "up_proj", "gate", "up"), "gate_up")
+_QKV = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
+_GATE_UP = frozenset({"gate_proj", "up_proj", "gate", "up"})
 _BYTES = {INT4: 0.625, INT8: 1.0625}  # a value with its share of scale and minimum
 
 
@@ -77,7 +77,8 @@ def by_role(candidates: list[Candidate]) -> dict[str, list[Candidate]]:
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         *path, last = ["*" if part.isdigit() else part for part in candidate.name.split(".")]
-        role = ".".join([*path, _TOGETHER.get(last, last)])
+        last = "qkv" if last in _QKV else "gate_up" if last in _GATE_UP else last
+        role = ".".join([*path, last])
         groups.setdefault(role, []).append(candidate)
     return groups
 

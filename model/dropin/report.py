@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Report:
     kept_bytes: int = 0
     seconds: float = 0.0
     _undo: list[Any] | None = field(default=None, repr=False)
+    _redo: list[Any] = field(default_factory=list, repr=False)
     _tokenizer: Any = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Row]:
@@ -65,6 +67,19 @@ class Report:
         """Rows of what was left alone."""
         return [row for row in self.rows if not row.replaced]
 
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """Run the model as it was inside the block. Raises UnsupportedError when the originals are gone."""
+        if self._undo is None:
+            raise UnsupportedError("the originals were not kept (keep_original=False)")
+        for step in reversed(self._undo):
+            step()
+        try:
+            yield
+        finally:
+            for step in self._redo:
+                step()
+
     def undo(self) -> None:
         """Put every original module back. Raises UnsupportedError when they were not kept."""
         if self._undo is None:
@@ -73,7 +88,7 @@ class Report:
             )
         for restore in reversed(self._undo):
             restore()
-        self._undo, self.rows, self.kept_bytes = None, [], 0
+        self._undo, self._redo, self.rows, self.kept_bytes = None, [], [], 0
 
     def quality(self, text: str | None = None, *, tokenizer: Any = None, window: int = 256) -> Any:
         """Compare with the original weights on a text (default: English that Python brings).
