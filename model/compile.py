@@ -1,4 +1,4 @@
-"""`edgeformer.compile`: a file to a folder of weights and kernels, or a transformers model to a native step."""
+"""`edgeformer.compile`: a file to a folder of weights and kernels, or a model's step to one native call."""
 
 from __future__ import annotations
 
