@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .compiler.target import Target
     from .model.compile import compile
     from .model.dropin.cache import EdgeFormerCache
+    from .model.dropin.quantizer import EdgeFormerQuantConfig
     from .model.evaluate import evaluate
     from .model.loading import load, plan
     from .model.replace import optimize
@@ -35,6 +36,7 @@ _HOMES = {
     "plan": ".model.loading",
     "optimize": ".model.replace",
     "EdgeFormerCache": ".model.dropin.cache",
+    "EdgeFormerQuantConfig": ".model.dropin.quantizer",
     "evaluate": ".model.evaluate",
     "report": ".model.report",
     "compile": ".model.compile",
@@ -55,6 +57,7 @@ __all__ = [
     "DeclinedError",
     "EdgeFormerCache",
     "EdgeFormerError",
+    "EdgeFormerQuantConfig",
     "FormatError",
     "Target",
     "TargetError",

@@ -113,6 +113,10 @@ def decode(args: argparse.Namespace) -> None:
         1e-3,
         "eager bf16",
     )
+    want = made["eager bf16"][0](ids).logits.float()
+    for name, (model, _) in made.items():
+        error = (model(ids).logits.float() - want).norm() / want.norm()
+        print(f"  {name:34} logits differ by {float(error):.2%} from eager bf16")
     compiled = made["compile balanced"][0]
     print(f"  compile: {compiled!r}, loop: {compiled.last_loop}, logits differ by {compiled.error:.2%}")
 
