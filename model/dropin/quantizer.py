@@ -1,4 +1,4 @@
-"""EdgeFormer's formats as a quantisation method of transformers: from_pretrained, save_pretrained and back."""
+"""EdgeFormer's formats as a quantisation method of transformers: from_pretrained and save_pretrained."""
 
 from __future__ import annotations
 
