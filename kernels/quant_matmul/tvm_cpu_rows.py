@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from ..shared import tir
@@ -9,6 +10,9 @@ from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import Geometry
 from .spec import SMALLEST, QuantMatmulSpec
+
+_INFINITY_BITS, _NAN_BITS = 0x7F800000, 0x7FC00000
+_SMALLEST_BITS = struct.unpack("<i", struct.pack("<f", SMALLEST))[0]
 
 
 def stored_zero_point(isa: Isa, spec: QuantMatmulSpec) -> int:
@@ -34,76 +38,109 @@ def scale_entry(row: Any, group: Any, groups: int, rows: int) -> Any:
 
 
 def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[str, Any], row: Any) -> None:
-    """Emit: quantise row `row` of x (starting at element `x_at`) group by group.
+    """Emit: quantise row `row` of x (starting at element `x_at`), as many groups together as a vector has lanes.
 
     `out`: "q" int8 codes [M, Kpad], "q16" the same as int16 (either may be None), "sa" scales and
     "sc" the corrections (see `scale_entry`), "rows" the rows of a tile. NaN or Inf makes a NaN scale.
     """
     g = Geometry(spec.weight, spec.k)
     size, full = spec.weight.group_size, spec.k // spec.weight.group_size
+    batches = full // isa.lanes
+    quantizer = _Quantizer(isa, spec, out, row)
+    if batches:
+        with tir.loop(batches) as batch:
+            first = tir.let(batch * isa.lanes)
+            quantizer.emit([(x, tir.let(x_at + (first + i) * size)) for i in range(isa.lanes)], first)
+    rest = [(x, tir.let(x_at + group * size)) for group in range(batches * isa.lanes, full)]
+    if full < g.groups:  # a short group, and those that fill the last block: zeros
+        zeros = tir.local("float32", size)
+        _clear(isa, zeros, size)
+        if spec.k % size:
+            padded = tir.local("float32", size)
+            _clear(isa, padded, size)
+            with tir.loop(spec.k % size) as i:
+                tir.store(padded, i, tir.to_f32(x, x_at + full * size + i, 1))
+            rest.append((padded, T.int64(0)))
+        rest += [(zeros, T.int64(0))] * (g.groups - batches * isa.lanes - len(rest))
+    for start in range(0, len(rest), isa.lanes):
+        quantizer.emit(rest[start : start + isa.lanes], tir.let(T.int64(batches * isa.lanes + start)))
 
-    def one(source: Any, at: Any, group: Any) -> None:
-        quantize_group(isa, spec, source, at, out, row, group)
 
-    if full:
-        with tir.loop(full) as group:
-            one(x, tir.let(x_at + group * size), group)
-    if full == g.groups:
-        return
-    padded = tir.local("float32", size)  # a short group, and those that fill the last block: zeros
-
-    def fill(count: int) -> None:
-        for v in range(size // isa.lanes):
-            tir.store(padded, v * isa.lanes, tir.f32(0.0, isa.lanes))
-        with tir.loop(count) as i:
-            tir.store(padded, i, tir.to_f32(x, x_at + full * size + i, 1))
-
-    short = spec.k % size
-    if short:
-        fill(short)
-        one(padded, T.int64(0), T.int64(full))
-    empty = full + (1 if short else 0)
-    if empty < g.groups:
-        fill(0)
-        with tir.loop(g.groups - empty) as group:
-            one(padded, T.int64(0), tir.let(group + empty))
+def _clear(isa: Isa, buffer: Any, size: int) -> None:
+    for v in range(size // isa.lanes):
+        tir.store(buffer, v * isa.lanes, tir.f32(0.0, isa.lanes))
 
 
 def quantize_group(
     isa: Isa, spec: QuantMatmulSpec, x: Any, at: Any, out: dict[str, Any], row: Any, group: Any
 ) -> None:
     """Emit: quantise one group of row `row`, its values at element `at` of x (see `quantize_row`)."""
-    lanes, size = isa.lanes, spec.weight.group_size
-    g = Geometry(spec.weight, spec.k)
-    largest, poison = tir.Register("float32", lanes), tir.Register("float32", lanes)
-    largest.set(tir.f32(0.0, lanes))
-    poison.set(tir.f32(0.0, lanes))
-    for v in range(size // lanes):
-        value = tir.let(tir.to_f32(x, at + v * lanes, lanes))
-        largest.set(T.max(largest.get(), T.abs(value)))
-        poison.set(poison.get() + value * tir.f32(0.0, lanes))
-    top = tir.let(tir.reduce_max(largest.get()))
-    usable = top >= T.float32(SMALLEST)  # below it 127 / top overflows
-    inverse = tir.let(T.Select(usable, T.float32(127) / top, T.float32(0)))
-    scale = tir.let(T.Select(usable, top / T.float32(127), T.float32(0)) + tir.reduce_add(poison.get()))
-    total = tir.Register("int32", lanes)
-    total.set(tir.i32(0, lanes))
-    for v in range(size // lanes):
-        code = T.nearbyint(tir.to_f32(x, at + v * lanes, lanes) * tir.splat(inverse, lanes))
-        code = tir.let(tir.cast(code, "int32"))
-        total.set(total.get() + code)
-        where = row * (g.groups * size) + group * size + v * lanes
-        if out.get("q") is not None:
-            tir.store(out["q"], where, tir.cast(code, "int8"))
-        if out.get("q16") is not None:
-            tir.store(out["q16"], where, tir.cast(code, "int16"))
-    entry = tir.let(scale_entry(row, group, g.groups, out["rows"]))
-    tir.store(out["sa"], entry, scale)
-    kind = correction_kind(isa, spec)
-    if kind == "int":
-        tir.store(out["sc"], entry, tir.reduce_add(total.get()) * T.int32(-stored_zero_point(isa, spec)))
-    elif kind == "float":
-        tir.store(out["sc"], entry, scale * tir.cast(tir.reduce_add(total.get()), "float32"))
+    _Quantizer(isa, spec, out, row).emit([(x, at)], group)
+
+
+class _Quantizer:
+    """Emit the int8 quantiser of up to `lanes` neighbouring groups of a row; their scales are one vector."""
+
+    def __init__(self, isa: Isa, spec: QuantMatmulSpec, out: dict[str, Any], row: Any) -> None:
+        self.isa, self.spec, self.out, self.row = isa, spec, out, row
+        self.groups = Geometry(spec.weight, spec.k).groups
+        self.inverse, self.scale = (tir.local("float32", isa.lanes) for _ in range(2))
+        self.kind = correction_kind(isa, spec)
+        self.sums = tir.local("int32" if self.kind == "int" else "float32", isa.lanes) if self.kind else None
+
+    def emit(self, sources: list[tuple[Any, Any]], first: Any) -> None:
+        """Emit groups [first, first + len(sources)), whose values start at the (buffer, element) given."""
+        lanes, size = self.isa.lanes, self.spec.weight.group_size
+        scale = self._scales([self._largest(*source) for source in sources])
+        totals = []
+        for i, (x, at) in enumerate(sources):
+            inverse = tir.let(tir.splat(tir.load(self.inverse, i), lanes))
+            total = tir.Register("int32", lanes)
+            for v in range(size // lanes):
+                code = tir.let(tir.round_to_int(tir.to_f32(x, at + v * lanes, lanes) * inverse))
+                total.set(total.get() + code if v else code)
+                where = self.row * (self.groups * size) + (first + i) * size + v * lanes
+                if self.out.get("q") is not None:
+                    tir.store(self.out["q"], where, tir.cast(code, "int8"))
+                if self.out.get("q16") is not None:
+                    tir.store(self.out["q16"], where, tir.cast(code, "int16"))
+            totals.append(total.get())
+        if self.sums is not None:
+            total = tir.reduce_together(totals, lambda a, b: a + b)
+            if self.kind == "int":
+                tir.store(self.sums, 0, total * tir.i32(-stored_zero_point(self.isa, self.spec), lanes))
+            else:
+                tir.store(self.sums, 0, scale * tir.cast(total, "float32"))
+        for i in range(len(sources)):
+            entry = tir.let(scale_entry(self.row, tir.let(first + i), self.groups, self.out["rows"]))
+            tir.store(self.out["sa"], entry, tir.load(self.scale, i))
+            if self.sums is not None:
+                tir.store(self.out["sc"], entry, tir.load(self.sums, i))
+
+    def _largest(self, x: Any, at: Any) -> Any:
+        """Return vectors' largest magnitudes as fp32 bits: as integers NaN > Inf > every number."""
+        lanes = self.isa.lanes
+        largest = tir.Register("int32", lanes)
+        for v in range(self.spec.weight.group_size // lanes):
+            bits = tir.bits(tir.to_f32(x, at + v * lanes, lanes), f"int32x{lanes}")
+            magnitude = tir.let(T.bitwise_and(bits, tir.i32(0x7FFFFFFF, lanes)))
+            largest.set(T.max(largest.get(), magnitude) if v else magnitude)
+        return largest.get()
+
+    def _scales(self, largest: list[Any]) -> Any:
+        """Keep every group's scale and what its values are multiplied with; return the scales."""
+        lanes = self.isa.lanes
+        top = tir.let(tir.reduce_together(largest, T.max))
+        magnitude, f32 = tir.let(tir.bits(top, f"float32x{lanes}")), tir.f32
+        finite = top < tir.i32(_INFINITY_BITS, lanes)
+        usable = T.And(finite, top >= tir.i32(_SMALLEST_BITS, lanes))  # below it 127 / top overflows
+        tir.store(self.inverse, 0, T.Select(usable, f32(127.0, lanes) / magnitude, f32(0.0, lanes)))
+        fallback = tir.bits(
+            T.Select(finite, tir.i32(0, lanes), tir.i32(_NAN_BITS, lanes)), f"float32x{lanes}"
+        )
+        scale = tir.let(T.Select(usable, magnitude / f32(127.0, lanes), fallback))
+        tir.store(self.scale, 0, scale)
+        return scale
 
 
 def widen_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, xf: Any, row: Any, k_padded: int) -> None:

@@ -8,7 +8,7 @@ This module imports tvm; import it only from a form's lowering.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tvm
@@ -30,6 +30,15 @@ _BYTES = {
     "float32": 4,
     "int64": 8,
 }
+
+# A cell that LLVM cannot remove, aligned as the widest vector: so it aligns the stack frame, and vectors that it
+# keeps there lie in one cache line each. (Without, it notices too late that it will need to.)
+_ALIGNED_STACK = """
+define linkonce_odr i32 @ef_align_stack() alwaysinline {
+  %cell = alloca i64, align 64
+  call void asm sideeffect "", "r"(ptr %cell)
+  ret i32 0
+}"""
 
 Expr = Any
 Buffer = Any
@@ -112,7 +121,8 @@ def span(start: Expr, stop: Expr) -> Iterator[Expr]:
 @contextlib.contextmanager
 def parallel(stop: Expr) -> Iterator[Expr]:
     """Emit a loop over [0, stop) split over the threads in contiguous ranges."""
-    with T.parallel(T.int64(0), _i64(stop)) as i:
+    with T.parallel(T.int64(0), _i64(stop)) as i, import_llvm(_ALIGNED_STACK):
+        T.evaluate(T.call_extern("int32", "ef_align_stack"))
         yield i
 
 
@@ -234,6 +244,37 @@ def reduce_max(value: Expr) -> Expr:
 def reduce_add(value: Expr) -> Expr:
     """Return the sum of the lanes, added in halves."""
     return _fold(value, lambda a, b: a + b)
+
+
+def reduce_together(values: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Return one vector whose lane i is vector i's lanes combined: two shuffles and one operation a pair.
+
+    At most as many vectors as they have lanes; the lanes of missing ones are combinations of zeros.
+    """
+    lanes, dtype = lanes_of(values[0]), _dtype(values[0])
+    rows: list[Expr | None] = [*values, *[None] * (lanes - len(values))]
+    zero = T.Cast(dtype, splat(T.int32(0), lanes))
+    while len(rows) > 1:
+        level: list[Expr | None] = []
+        for a, b in zip(rows[::2], rows[1::2], strict=True):
+            if a is None:
+                level.append(None)
+                continue
+            cells = [Register(dtype.rsplit("x", 1)[0], lanes) for _ in range(2)]
+            for cell, value in zip(cells, (a, zero if b is None else b), strict=True):
+                cell.set(value)
+            held = [cell.get() for cell in cells]
+            even, odd = ([T.int32(i) for i in range(start, 2 * lanes, 2)] for start in range(2))
+            level.append(combine(T.Shuffle(held, even), T.Shuffle(held, odd)))
+        rows = level
+    assert rows[0] is not None
+    return rows[0]
+
+
+def round_to_int(value: Expr) -> Expr:
+    """Return fp32 rounded to the nearest even int32; of NaN and what does not fit, some number."""
+    lanes = lanes_of(value)
+    return intrinsic(f"int32x{lanes}" if lanes > 1 else "int32", "llvm.lrint", value)
 
 
 def _fold(value: Expr, combine: Any) -> Expr:
