@@ -38,7 +38,7 @@ def scale_entry(row: Any, group: Any, groups: int, rows: int) -> Any:
 
 
 def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[str, Any], row: Any) -> None:
-    """Emit: quantise row `row` of x (starting at element `x_at`), as many groups together as a vector has lanes.
+    """Emit: quantise row `row` of x (from element `x_at`), as many groups together as a vector has lanes.
 
     `out`: "q" int8 codes [M, Kpad], "q16" the same as int16 (either may be None), "sa" scales and
     "sc" the corrections (see `scale_entry`), "rows" the rows of a tile. NaN or Inf makes a NaN scale.

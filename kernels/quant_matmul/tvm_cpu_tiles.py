@@ -13,6 +13,7 @@ from .packing import BLOCK
 from .tvm_cpu_rows import correction_kind
 from .tvm_cpu_stream import Prefetch, Stream, float_element, float_weights
 
+_PANEL_AHEAD = 2048  # bytes; a panel of more than L1 comes from L2
 _STRAIGHT = 4  # accumulators up to which a group's steps are emitted in a line
 
 
@@ -121,6 +122,8 @@ def int_tile(
                 operands = [
                     [tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]
                 ]
+                for v in range(vectors):
+                    tir.prefetch(panel["u8"], at + v * lanes * 4 + _PANEL_AHEAD)
             for d, codes in enumerate(operands):
                 if narrow and d and d % burst == 0:
                     flush()

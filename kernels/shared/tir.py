@@ -31,8 +31,8 @@ _BYTES = {
     "int64": 8,
 }
 
-# A cell that LLVM cannot remove, aligned as the widest vector: so it aligns the stack frame, and vectors that it
-# keeps there lie in one cache line each. (Without, it notices too late that it will need to.)
+# A cell that LLVM cannot remove, aligned as the widest vector. So it aligns the stack frame, and each vector
+# that it keeps there lies in one cache line; without, it notices too late that it will need to.
 _ALIGNED_STACK = """
 define linkonce_odr i32 @ef_align_stack() alwaysinline {
   %cell = alloca i64, align 64
