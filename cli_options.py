@@ -38,6 +38,7 @@ class Output(StrEnum):
 
     md = "md"
     json = "json"
+    jsonl = "jsonl"
     csv = "csv"
 
 

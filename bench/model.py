@@ -1,258 +1,268 @@
-"""Times a whole model as llama-bench does: engines interleaved, limits measured in the same run."""
+"""Times a whole model as llama-bench does: engines interleaved, limits and a fixed probe in the same run."""
 
 from __future__ import annotations
 
-import datetime
-import statistics
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..compiler.errors import EdgeFormerError, UnsupportedError
-from .device import device, versions
+from ..compiler.errors import EdgeFormerError, FormatError
+from ..compiler.target import available_cores
+from . import quality, scenarios
+from .check import DeviceCheck, fixed_probe
+from .child import ChildEngine, EngineError, Shape, cold_start
+from .fleet import OURS, Fleet, Problem
+from .journal import Journal
+from .options import Options
 from .probes import Limits, measure_limits
-from .work import Test, Work, fractions, work_of_model
+from .provenance import commit, fingerprint, new_run_id, now
+from .rows import RunFacts, build_rows
+from .work import Test
 
-SCHEMA_VERSION = 1
 HIGHEST_FRACTION = 1.02
 PAUSE = 0.05  # seconds between engines: idle threads of one go to sleep before the other starts
+COLD_STARTS = 3
 
 
 class MeasurementError(EdgeFormerError):
-    """A measurement contradicts itself, so none of its figures can be trusted."""
-
-
-class Engine(Protocol):
-    """Something that runs a model: EdgeFormer in this process, or a peer in a process of its own."""
-
-    name: str
-
-    def run(self, test: Test) -> float:
-        """Run a test from an empty cache and return the seconds of its timed part."""
-        ...
-
-    def prepare(self, test: Test) -> dict[str, Any]:
-        """Warm up for a test and settle its options; return them."""
-        ...
-
-    def work(self) -> Work:
-        """Return what the model costs as this engine stores it."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return version, build flags and options."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
-        ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure; the defaults are llama-bench's, except that the median is told."""
-
-    prompt: tuple[int, ...] = (512,)
-    generate: tuple[int, ...] = (128,)
-    depth: tuple[int, ...] = (0,)
-    batch: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()
-    repeats: int = 5
-    target: str = "auto"
-    kv: str = "bf16"
-    activation: str = "auto"
-    quantize: str | None = None
-    whole_step: bool = True
-    peers: tuple[str, ...] = ()
-
-    def tests(self) -> list[Test]:
-        """Return every combination; 0 tokens leave a kind out, batch counts for decode only."""
-        found = []
-        for depth in self.depth:
-            found += [Test("pp", n, depth) for n in self.prompt if n]
-            found += [Test("tg", n, depth, batch) for n in self.generate if n for batch in self.batch]
-        if not found:
-            raise UnsupportedError("nothing to measure: -p and -n are both 0")
-        return found
-
-
-class EdgeFormerEngine:
-    """EdgeFormer itself, in this process."""
-
-    name = "edgeformer"
-
-    def __init__(self, path: Path, threads: int, context: int, options: Options) -> None:
-        from ..model.loading import load
-
-        self._options = options
-        self.threads = threads
-        self.model = load(
-            path,
-            target=options.target,
-            context=context,
-            kv=options.kv,
-            threads=threads,
-            quantize=options.quantize,
-            activation=options.activation,
-            whole_step=options.whole_step,
-        )
-
-    def prepare(self, test: Test) -> dict[str, Any]:
-        self.run(test)
-        o = self._options
-        settled = {"kv": o.kv, "activation": o.activation, "quantize": o.quantize}
-        return settled | {"whole_step": o.whole_step and not self.model.whole_step_declined}
-
-    def run(self, test: Test) -> float:
-        import torch
-
-        from ..runtime.threads import set_threads
-
-        set_threads(self.threads)
-        generator = torch.Generator().manual_seed(len(test.name))
-        ids = torch.randint(0, self.model.config.vocab_size, (test.batch, test.length), generator=generator)
-        tokens = [ids[:, i].contiguous() for i in range(test.depth, test.length)]
-        model = self.model
-        model.reset()
-        if test.depth:
-            model.prefill(ids[:, : test.depth])
-        if test.kind == "pp":
-            prompt = ids[:, test.depth :].contiguous()
-            start = time.perf_counter()
-            model.prefill(prompt)
-            return time.perf_counter() - start
-        start = time.perf_counter()
-        for token in tokens:
-            model.decode(token)
-        return time.perf_counter() - start
-
-    def work(self) -> Work:
-        return work_of_model(self.model)
-
-    def describe(self) -> dict[str, Any]:
-        return {"version": versions().get("edgeformer", "source"), "target": self.model.target.name}
-
-    def close(self) -> None:
-        del self.model
+    """A measurement contradicts itself, or the device is not fit, so none of its figures can be trusted."""
 
 
 def bench(
     path: Path, options: Options, progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Measure a model file and return one row a test and engine; see `require_plausible`."""
-    from ..compiler.target import available_cores
+    """Measure a model file and return one row a test and engine; see `require_plausible`.
 
+    What has been measured is kept at once; after a kill, `options.resume` goes on with it. An engine that is
+    missing, crashes or hangs has rows that say so. Raises MeasurementError with `options.strict` when the
+    device check finds something.
+    """
+    options.check()
+    if not path.exists():
+        raise FormatError(f"there is no file {path}")
+    journal = Journal(_identity(path, options), options.resume)
+    if journal.units:
+        progress(f"resuming: {len(journal.units)} parts are measured already")
     rows: list[dict[str, Any]] = []
-    tests = options.tests()
-    run_id = uuid.uuid4().hex[:12]
     for threads in options.threads or (available_cores(),):
-        engines = open_engines(path, threads, max(test.length for test in tests) + 1, options, progress)
-        try:
-            rows += _measure(path, engines, tests, threads, options, run_id, progress)
-        finally:
-            for engine in engines:
-                engine.close()
+        rows += ModelRun(path, options, threads, journal, progress).rows()
+    journal.done()
     return rows
 
 
-def open_engines(
-    path: Path, threads: int, context: int, options: Options, progress: Callable[[str], None]
-) -> list[Engine]:
-    """Load the model in every engine; peers first, so that a missing one is told before any waiting."""
-    engines: list[Engine] = []
-    batch = max(options.batch)
-    try:
-        for peer in options.peers:
-            if peer != "llama.cpp":
-                raise UnsupportedError(f"unknown peer {peer!r}; peers: llama.cpp")
-            from .peers.llama_cpp import LlamaCppEngine
-
-            progress(f"loading {path.name} in {peer}")
-            engines.append(LlamaCppEngine(path, threads, context, batch))
-        progress(f"loading {path.name}")
-        engines.insert(0, EdgeFormerEngine(path, threads, context, options))
-    except BaseException:
-        for engine in engines:
-            engine.close()
-        raise
-    return engines
+def _identity(path: Path, options: Options) -> dict[str, Any]:
+    status = path.stat()
+    file = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return {"file": file, "options": options.identity(), "commit": commit(), "device": fingerprint()}
 
 
-def _measure(
-    path: Path, engines: Sequence[Engine], tests: Sequence[Test], threads: int, options: Options, run_id: str,
-    progress: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    progress("measuring the machine's limits")
-    limits = measure_limits(threads)
-    timed: list[tuple[Test, Engine, dict[str, Any], list[float]]] = []
-    for test in tests:
-        progress(f"{test.name}: warm-up")
-        settled = [engine.prepare(test) for engine in engines]
-        samples: list[list[float]] = [[] for _ in engines]
-        for repeat in range(options.repeats):
-            progress(f"{test.name}: repeat {repeat + 1} of {options.repeats}")
-            for i in _rotated(len(engines), repeat):
+class ModelRun:
+    """One run at one number of threads."""
+
+    def __init__(
+        self, path: Path, options: Options, threads: int, journal: Journal, progress: Callable[[str], None]
+    ) -> None:
+        self.path, self.options, self.threads = path, options, threads
+        self.journal, self.progress = journal, progress
+        self.session = uuid.uuid4().hex[:8]
+        self.fleet = Fleet(path, Shape(threads, *options.shape()), options, progress)
+        self.limits: Limits | None = None
+        self.check = DeviceCheck(
+            threads, available_cores(), lambda: fixed_probe(threads), self.fleet.processes
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Measure what the journal does not hold yet; return the rows."""
+        run = self._unit("run", lambda: {"run_id": new_run_id(), "time": now()})
+        try:
+            if not self._finished():
+                self._measure()
+        finally:
+            self.fleet.close()
+        facts = RunFacts(self.path, self.options, self.threads, run["run_id"], run["time"], self._units())
+        return build_rows(facts)
+
+    def _finished(self) -> bool:
+        return f"{self.threads}/end" in self.journal
+
+    def _measure(self) -> None:
+        names, test_units = self.fleet.names, self.options.tests()
+        for name in names:  # before any waiting, so that what is missing is told first
+            self.fleet.engine(name)
+        self.progress("checking the device and measuring its limits")
+        self._refuse(self.check.before())
+        self._measure_limits()
+        for test in test_units:
+            self._unit(f"speed:{test.name}", lambda test=test: self._speed(test))
+        for name in names:
+            self._unit(f"about:{name}", lambda name=name: self._about(name))
+        if self.options.ttft and self.options.query[0]:
+            self._unit("ttft", self._time_to_first_token)
+        for scenario in self.options.scenarios:
+            self._unit(f"scenario:{scenario}", lambda scenario=scenario: self._scenario(scenario))
+        if self.options.quality_tokens:
+            self._unit("quality", self._quality)
+        warnings = self.check.after()
+        self._keep(f"check:{self.session}", self.check.row())
+        for text in warnings:
+            self.progress(f"warning: {text}")
+        self._keep("end", {})
+        self._refuse(warnings)
+
+    def _refuse(self, warnings: Sequence[str]) -> None:
+        if self.options.strict and warnings:
+            raise MeasurementError(f"--strict: {'; '.join(warnings)}")
+
+    def _measure_limits(self) -> None:
+        limits = measure_limits(self.threads)
+        self.limits = limits if self.limits is None else self.limits.best(limits)
+
+    # The parts of a run. Each returns what the journal keeps.
+
+    def _speed(self, test: Test) -> dict[str, Any]:
+        """Warm every engine up, then let them take turns; the one that begins changes."""
+        self.progress(f"{test.name}: warm-up")
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.fleet.names:
+            settled = self.fleet.attempt(name, lambda engine: engine.prepare(test))
+            found[name] = _failed(settled) if isinstance(settled, Problem) else {"settled": settled}
+            found[name] |= {"seconds": [], "joules": []}
+        for repeat in range(self.options.repeats):
+            self.progress(f"{test.name}: repeat {repeat + 1} of {self.options.repeats}")
+            for name in self._turn(repeat):
+                if "problem" in found[name]:
+                    continue
                 time.sleep(PAUSE)
-                samples[i].append(test.tokens * test.batch / engines[i].run(test))
-        timed += [(test, engine, s, x) for engine, s, x in zip(engines, settled, samples, strict=True)]
+                timing = self.fleet.attempt(name, lambda engine: engine.run(test))
+                if isinstance(timing, Problem):
+                    found[name] |= _failed(timing)
+                else:
+                    found[name]["seconds"].append(timing.seconds)
+                    found[name]["joules"].append(timing.joules)
         time.sleep(PAUSE)
-        limits = limits.best(measure_limits(threads))
-    return [
-        _row(path, test, engine, settled, speeds, limits, run_id) for test, engine, settled, speeds in timed
-    ]
+        self.check.again()
+        self._measure_limits()
+        return {"engines": found, "limits": asdict(self.limits), "session": self.session}  # pyright: ignore[reportArgumentType]
+
+    def _about(self, name: str) -> dict[str, Any]:
+        def about(engine: ChildEngine) -> dict[str, Any]:
+            facts = {
+                "work": asdict(engine.work()),
+                "details": engine.describe(),
+                "energy_source": engine.energy_source,
+            }
+            if name == OURS and hasattr(engine, "layers"):
+                facts["records"] = _records(engine.layers())  # pyright: ignore[reportAttributeAccessIssue]
+            return facts
+
+        found = self.fleet.attempt(name, about)
+        return _failed(found) if isinstance(found, Problem) else found
+
+    def _time_to_first_token(self) -> dict[str, Any]:
+        """Time a prompt to its first token, in a running engine and in a new process of it."""
+        prompt, _ = self.options.query
+        found: dict[str, dict[str, Any]] = {name: {"warm": [], "cold": []} for name in self.fleet.names}
+        for repeat in range(self.options.repeats + 1):
+            self.progress(f"time to first token: repeat {repeat} of {self.options.repeats}")
+            for name in self._turn(repeat):
+                time.sleep(PAUSE)
+                seconds = self.fleet.attempt(name, lambda engine: engine.query(prompt, 1)[0])
+                if isinstance(seconds, Problem):
+                    found[name] |= _failed(seconds)
+                elif repeat:  # the first is a warm-up
+                    found[name]["warm"].append(seconds)
+        for repeat in range(min(COLD_STARTS, self.options.repeats)):
+            for name in self._turn(repeat):
+                self.progress(f"time to first token of a new process: {name}")
+                if "problem" in found[name] or name in self.fleet.problems:
+                    continue
+                shape = Shape(self.threads, self.fleet.shape.context)
+                try:
+                    seconds, peak = cold_start(
+                        lambda name=name, shape=shape: self.fleet.open(name, shape), prompt
+                    )
+                except EngineError as error:
+                    found[name] |= _failed(Problem(error.status, str(error)))
+                    continue
+                found[name]["cold"].append(seconds)
+                found[name]["peak_memory"] = max(peak or 0, found[name].get("peak_memory", 0)) or None
+        return found
+
+    def _scenario(self, scenario: str) -> dict[str, Any]:
+        """Let every engine answer all queries of a scenario, query by query in turns."""
+        prompt, generate = self.options.query
+        found: dict[str, Any] = {name: {"queries": []} for name in self.fleet.names}
+        sizes = scenarios.plan(scenario, self.options.queries)
+        for i, samples in enumerate([sizes[0], *sizes]):  # the first is a warm-up
+            self.progress(f"{scenario}: query {i} of {len(sizes)}")
+            for name in self._turn(i):
+                if "problem" in found[name]:
+                    continue
+                time.sleep(PAUSE)
+                answered = self.fleet.attempt(
+                    name, lambda engine, n=samples: scenarios.run_query(engine, n, prompt, generate)
+                )
+                if isinstance(answered, Problem):
+                    found[name] |= _failed(answered)
+                elif i:
+                    found[name]["queries"].append(answered)
+        self.check.again()
+        return found
+
+    def _quality(self) -> dict[str, Any]:
+        """Compare every engine's logits with fp32 PyTorch on the file's own weights."""
+        self.progress("quality: the fp32 reference")
+        ours = self.fleet.engine(OURS)
+        assert ours is not None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                ids = ours.tokens(quality.english(), self.options.quality_tokens)  # pyright: ignore[reportAttributeAccessIssue]
+                windows = quality.windows_of(ids)
+                ours.reference(windows, Path(folder))  # pyright: ignore[reportAttributeAccessIssue]
+            except EngineError as error:
+                return {name: quality.unavailable(str(error)) for name in self.fleet.names}
+            found = {}
+            for name in self.fleet.names:
+                self.progress(f"quality: {name}")
+                judged = self.fleet.attempt(
+                    name, lambda engine: quality.judge(windows, Path(folder), engine.logits)
+                )
+                found[name] = quality.unavailable(judged.text) if isinstance(judged, Problem) else judged
+        return found
+
+    def _turn(self, by: int) -> list[str]:
+        names = self.fleet.names
+        return [names[(i + by) % len(names)] for i in range(len(names))]
+
+    # The journal's units of this number of threads.
+
+    def _unit(self, name: str, measure: Callable[[], Any]) -> Any:
+        kept = self.journal.get(f"{self.threads}/{name}")
+        return self._keep(name, measure()) if kept is None else kept
+
+    def _keep(self, name: str, data: Any) -> Any:
+        return self.journal.keep(f"{self.threads}/{name}", data)
+
+    def _units(self) -> dict[str, Any]:
+        prefix = f"{self.threads}/"
+        return {k.removeprefix(prefix): v for k, v in self.journal.units.items() if k.startswith(prefix)}
 
 
-def _rotated(count: int, by: int) -> list[int]:
-    return [(i + by) % count for i in range(count)]
+def _failed(problem: Problem) -> dict[str, Any]:
+    return {"problem": asdict(problem)}
 
 
-def _row(
-    path: Path,
-    test: Test,
-    engine: Engine,
-    settled: dict[str, Any],
-    speeds: list[float],
-    limits: Limits,
-    run_id: str,
-) -> dict[str, Any]:
-    speed = statistics.median(speeds)
-    fraction = fractions(test, speed, engine.work(), limits, device()["l3_bytes"])
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": run_id,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "engine": engine.name,
-        "model": path.name,
-        "size": path.stat().st_size,
-        "test": test.name,
-        "tokens": test.tokens,
-        "depth": test.depth,
-        "batch": test.batch,
-        "threads": limits.threads,
-        "tokens_per_second": round(speed, 3),
-        "spread": round((max(speeds) - min(speeds)) / 2, 3),
-        "samples": [round(s, 3) for s in speeds],
-        "limit_fraction": None if fraction.limit is None else round(fraction.limit, 4),
-        "limit_fraction_with_attention": None
-        if fraction.with_attention is None
-        else round(fraction.with_attention, 4),
-        "limit": fraction.why,
-        "limits": {
-            "read_bandwidth": limits.read_bandwidth,
-            "int8_peak": limits.int8_peak,
-            "float_peak": limits.float_peak,
-            "matrix_peak": limits.matrix_peak,
-            "rounds": limits.rounds,
-            "probes": limits.probes,
-        },
-        "options": settled,
-        "engine_details": engine.describe(),
-        "versions": versions(),
-        "device": device(),
-    }
+def _records(layers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many layers' configurations came from which record ("default": none was tuned)."""
+    found: dict[str, int] = {}
+    for row in layers:
+        if record := row.get("record"):
+            found[str(record)] = found.get(str(record), 0) + 1
+    return found
 
 
 def require_plausible(rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a measurement as Markdown, JSON or CSV."""
+"""Rows of a measurement as Markdown, JSON, JSON lines or CSV."""
 
 from __future__ import annotations
 
@@ -8,47 +8,145 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-FORMATS = ("md", "json", "csv")
+FORMATS = ("md", "json", "jsonl", "csv")
+Rows = Sequence[dict[str, Any]]
 
 
-def render(rows: Sequence[dict[str, Any]], form: str) -> str:
-    """Return rows as text: "md" for people, "json" a list, "csv" with nested values as JSON."""
-    return {"md": _markdown, "json": lambda r: json.dumps(list(r), indent=1), "csv": _csv}[form](rows)
+def render(rows: Rows, form: str) -> str:
+    """Return rows as text: "md" for people, "json", "jsonl" (a row a line), "csv" (nested values as JSON)."""
+    if form == "md":
+        return markdown(rows)
+    if form == "json":
+        return json.dumps(list(rows), indent=1)
+    return "\n".join(json.dumps(row) for row in rows) if form == "jsonl" else as_csv(rows)
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Rows) -> str:
+    """Return rows as CSV with every field of any row as a column."""
     out = io.StringIO()
-    writer = csv.DictWriter(
-        out, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
-    )
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, fieldnames=fields, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
     return out.getvalue().rstrip("\n")
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
+    """Return a Markdown table whose first `left` columns are aligned to the left, the others to the right."""
+    lines = [list(head), ["---"] * left + ["---:"] * (len(head) - left), *map(list, body)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(rows: Rows) -> str:
+    """Return the tables for people: speeds, then what belongs to an engine, then warnings and problems."""
+    parts = [_speeds(rows), _engines(rows), _scenarios(rows), _notes(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def is_shown(row: dict[str, Any]) -> bool:
+    """Return whether a row has a speed that may be printed: measured, and its kernels ran on the target."""
+    return row.get("tokens_per_second") is not None and row.get("proof", "run") == "run"
+
+
+def _speeds(rows: Rows) -> str:
     peers = [name for name in dict.fromkeys(row["engine"] for row in rows) if name != "edgeformer"]
     head = ["model", "size", "engine", "threads", "test", "tokens/s", "of limit", *(f"x {p}" for p in peers)]
-    lines = [head, ["---"] * 4 + ["---"] + ["---:"] * (len(head) - 5)]
+    if energy := any((row.get("energy") or {}).get("joules_per_token") for row in rows):
+        head.append("J/token")
+    body = []
     for row in rows:
-        fraction = row["limit_fraction"]
-        lines.append(
-            [
-                row["model"],
-                f"{row['size'] / 1e6:.1f} MB",
-                row["engine"],
-                str(row["threads"]),
-                row["test"],
+        line = [row["model"], f"{row['size'] / 1e6:.1f} MB", row["engine"], str(row["threads"]), row["test"]]
+        if is_shown(row):
+            line += [
                 f"{row['tokens_per_second']:.1f} ± {row['spread']:.1f}",
-                "" if fraction is None else f"{fraction:.0%}",
+                "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}",
                 *(_ratio(row, rows, peer) for peer in peers),
             ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        else:
+            line += [row.get("status", "not run"), "", *("" for _ in peers)]
+        if energy:
+            line.append(energy_text(row))
+        body.append(line)
+    return markdown_table(head, body, left=5)
 
 
-def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], peer: str) -> str:
+def energy_text(row: dict[str, Any]) -> str:
+    """Return joules a token, "~" before an estimate, or "n/a"; never zero for what is not known."""
+    energy = row.get("energy") or {}
+    if energy.get("joules_per_token") is None:
+        return "n/a"
+    return f"{'~' if energy['status'] == 'estimated' else ''}{energy['joules_per_token']:.4g}"
+
+
+def _ratio(row: dict[str, Any], rows: Rows, peer: str) -> str:
     same = ("model", "test", "threads")
     other = next((r for r in rows if r["engine"] == peer and all(r[k] == row[k] for k in same)), None)
-    return "" if other is None else f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
+    if other is None or not is_shown(other):
+        return ""
+    return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
+
+
+def _engines(rows: Rows) -> str:
+    seen: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        if row.get("first_token") or row.get("quality"):
+            seen.setdefault((row["model"], row["engine"], row["threads"]), row)
+    if not seen:
+        return ""
+    prompt = next((r["first_token"]["prompt"] for r in seen.values() if r.get("first_token")), None)
+    head = ["engine", f"first token of {prompt}, warm" if prompt else "first token, warm", "new process",
+            "peak memory", "perplexity", "KL", "top-1"]  # fmt: skip
+    body = []
+    for (_, engine, _), row in seen.items():
+        first, judged = row.get("first_token") or {}, row.get("quality") or {}
+        body.append([
+            engine, _seconds(first.get("warm_seconds")), _seconds(first.get("cold_seconds")),
+            f"{row['peak_memory'] / 1e6:.0f} MB" if row.get("peak_memory") else "n/a", *quality_texts(judged),
+        ])  # fmt: skip
+    return markdown_table(head, body, left=1)
+
+
+def quality_texts(judged: dict[str, Any]) -> list[str]:
+    """Return perplexity with its change against fp32, mean KL, and agreement of the likeliest token."""
+    if judged.get("status") != "measured":
+        return ["n/a", "n/a", "n/a"]
+    change = judged["perplexity"] / judged["reference_perplexity"] - 1
+    return [f"{judged['perplexity']:.2f} ({change:+.2%})", f"{judged['mean_kl']:.2g}",
+            f"{judged['top1_agreement']:.1%}"]  # fmt: skip
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _scenarios(rows: Rows) -> str:
+    found = [row for row in rows if row.get("scenario")]
+    if not found:
+        return ""
+    head = ["scenario", "engine", "queries", "samples/s", "latency p50", "p90", "p99", "first token p90"]
+    body = []
+    for row in found:
+        s = row["scenario"]
+        facts = [row["test"], row["engine"], str(s["queries"]), f"{s['samples_per_second']:.2f}"]
+        latency = [_seconds(s["latency"][p]) for p in ("p50", "p90", "p99")]
+        body.append([*facts, *latency, _seconds(s["first_token"]["p90"])])
+    return markdown_table(head, body, left=2)
+
+
+def _notes(rows: Rows) -> str:
+    """Return what a reader must know: problems of the device, of engines, of single rows."""
+    checks = [row.get("device_check") or {} for row in rows]
+    lines = [f"- warning: {text}" for check in checks for text in check.get("warnings", ())]
+    for row in rows:
+        if row.get("error"):
+            lines.append(f"- {row['engine']}: {row['error']}")
+        lines += [f"- {row['engine']} {row['test']}: {text}" for text in row.get("warnings", ())]
+        judged = row.get("quality") or {}
+        if judged.get("status") == "unavailable":
+            lines.append(f"- {row['engine']}: no quality: {judged['reason']}")
+        if (row.get("energy") or {}).get("status") == "unavailable":
+            lines.append(f"- energy is unavailable: {row['energy']['source']}")
+    return "\n".join(dict.fromkeys(lines))

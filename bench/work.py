@@ -60,6 +60,14 @@ class Work:
         keys = test.tokens * test.depth + test.tokens * (test.tokens + 1) // 2
         return 4 * self.num_layers * self.attention_width * keys
 
+    def operations(self, test: Test) -> int:
+        """Operations of a prefill test, or of one decode step: matrices and attention."""
+        if test.kind == "pp":
+            return self.linear_operations(test) + self.attention_operations(test)
+        keys = test.depth + (test.tokens + 1) // 2
+        attention = 4 * self.num_layers * self.attention_width * keys
+        return test.batch * (2 * (self.linear_weights + self.head_weights) + attention)
+
     def step_bytes(self, test: Test) -> float:
         """Bytes that one decode step reads, at the middle of the test."""
         return self.weight_bytes + test.batch * self.kv_bytes * (test.depth + (test.tokens + 1) / 2)

@@ -67,19 +67,23 @@ def evaluate(model: LanguageModel, text: str, *, window: int = 512, max_tokens: 
     cap = model.config.logit_softcap
     sums = torch.zeros(4, dtype=torch.float64)
     for part, expected in zip(windows, hidden, strict=True):
-        got = _model_logits(model, part)
+        got = model_logits(model, part)
         for start in range(0, len(part) - 1, ROWS):
             rows = slice(start, min(start + ROWS, len(part) - 1))
             following = part[rows.start + 1 : rows.stop + 1]
-            logits = expected[rows] @ head.T
-            sums += _compare(got[rows], cap * torch.tanh(logits / cap) if cap else logits, following)
+            sums += compare_logits(got[rows], capped(expected[rows] @ head.T, cap), following)
     count = sum(len(part) - 1 for part in windows)
     loss, reference_loss, kl, same = (sums / count).tolist()
     return Evaluation(count, math.exp(loss), math.exp(reference_loss), kl, same)
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits under the model's soft cap, if it has one."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 @torch.inference_mode()
-def _model_logits(model: LanguageModel, ids: Tensor) -> Tensor:
+def model_logits(model: LanguageModel, ids: Tensor) -> Tensor:
     """Logits [T, V] of one window, by the loaded model in its own prefill chunks."""
     c = model.config
     cache = KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, len(ids), dtype=model.kv)
@@ -90,7 +94,7 @@ def _model_logits(model: LanguageModel, ids: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _compare(got: Tensor, expected: Tensor, following: Tensor) -> Tensor:
+def compare_logits(got: Tensor, expected: Tensor, following: Tensor) -> Tensor:
     """Sums over rows: loss, reference loss, KL(reference || model), equal first choices."""
     log_p, log_q = F.log_softmax(expected.float(), -1), F.log_softmax(got.float(), -1)
     picked = following[:, None]

@@ -1,29 +1,22 @@
-"""llama.cpp (package llama-cpp-python) on the same file, in a process of its own, timed as llama-bench does.
-
-The child (`python -m edgeformer.bench.peers.llama_cpp FILE`) answers one JSON line for each line it reads.
-"""
+"""llama.cpp (package llama-cpp-python) on the same file, timed as llama-bench does."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import importlib.metadata
-import importlib.util
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...compiler.errors import EdgeFormerError, UnsupportedError
-from ..work import Test, Work, work_of_file
+from ...compiler.errors import UnsupportedError
+from ..child import ChildEngine, EngineKind, Patience, Shape, serve
+from ..energy import Clock
+from ..work import Test, work_of_file
 
 PACKAGE = "llama-cpp-python"
 INSTALL = f'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary {PACKAGE} {PACKAGE}'
@@ -32,7 +25,6 @@ REBUILD = INSTALL.replace("pip install", "pip install --force-reinstall --no-dep
 NO_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 REBUILD_WITHOUT_AMX = REBUILD.replace("-DGGML_NATIVE=ON", f"-DGGML_NATIVE=ON {NO_AMX}")
 BATCH, UBATCH = 2048, 512  # llama-bench's defaults
-TRIALS = 2  # timed runs of each flash-attention setting, to find the better one
 
 # llama.cpp's name of an instruction set, and the CPU feature that should switch it on
 ISA_FEATURES = {
@@ -64,104 +56,43 @@ def missing_isa(system_info: str, features: Set[str]) -> list[str]:
     return [name for name, feature in wanted.items() if feature in features and name not in built]
 
 
-class LlamaCppEngine:
+KIND = EngineKind(
+    name="llama.cpp", module=__name__, package=PACKAGE, install=INSTALL, imports=("llama_cpp",),
+    packages=(PACKAGE,),
+)  # fmt: skip
+
+
+class LlamaCppEngine(ChildEngine):
     """A child process that holds the model in llama.cpp.
 
     Raises UnsupportedError when the package is missing, or when it was built without this CPU's
     instruction set; the text has the command that mends it.
     """
 
-    name = "llama.cpp"
+    def __init__(self, path: Path, shape: Shape, patience: Patience | None = None, **options: Any) -> None:
+        super().__init__(KIND, path, shape, patience, **options)
 
-    def __init__(self, path: Path, threads: int, context: int, batch: int = 1) -> None:
+    def accept(self) -> None:
         from ...compiler.target import detect
 
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise UnsupportedError(f"the peer llama.cpp is not installed: {INSTALL}")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed in close()
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
-        )  # fmt: skip
-        self._path = path
-        self._shape = {"threads": threads, "context": context, "batch": batch}
-        self._flash: dict[Test, bool] = {}
-        self._about: dict[str, Any] = {}
-        try:
-            self._about = self._ask({"do": "load", **self._shape})
-            missing = missing_isa(self._about["system_info"], detect().features)
-            if missing:
-                raise UnsupportedError(
-                    f"this build of llama.cpp does not use {', '.join(missing)} of this CPU, so a comparison "
-                    f"would flatter us. Build it here: {REBUILD}"
-                )
-        except BaseException:
-            self.close()
-            raise
+        missing = missing_isa(self.about["system_info"], detect().features)
+        if missing:
+            raise UnsupportedError(
+                f"this build of llama.cpp does not use {', '.join(missing)} of this CPU, so a comparison "
+                f"would flatter us. Build it here: {REBUILD}"
+            )
 
-    def prepare(self, test: Test) -> dict[str, Any]:
-        times: dict[bool, float] = {}
-        for flash in (False, True):
-            self._time(test, flash)
-        for _ in range(TRIALS):
-            for flash in (False, True):
-                times[flash] = min(times.get(flash, float("inf")), self._time(test, flash))
-        self._flash[test] = min(times, key=lambda flash: times[flash])
-        return {"flash_attention": self._flash[test], "n_batch": BATCH, "n_ubatch": UBATCH, "kv": "fp16"}
-
-    def run(self, test: Test) -> float:
-        return self._time(test, self._flash[test])
-
-    def _time(self, test: Test, flash: bool) -> float:
-        return self._ask({"do": "time", "flash": flash, **vars(test)})["seconds"]
-
-    def work(self) -> Work:
-        return work_of_file(self._path, kv_element_bytes=2)
-
-    def describe(self) -> dict[str, Any]:
-        return {k: self._about[k] for k in ("version", "system_info", "model")}
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._child.stdin:
-                self._child.stdin.close()
-        try:
-            self._child.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        if self._child.stdout:
-            self._child.stdout.close()
-        self._errors.close()
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        try:
-            self._child.stdin.write(json.dumps(question) + "\n")
-            self._child.stdin.flush()
-            line = self._child.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            self._child.wait()
-            self._errors.seek(0)
-            said = self._errors.read().strip()[-600:] or "no word"
-            code = self._child.poll()
-            if code == -signal.SIGILL and "AMX_INT8 = 1" in self._about.get("system_info", ""):
-                said = f"an illegal instruction in its AMX kernels; build it without: {REBUILD_WITHOUT_AMX}"
-            raise EdgeFormerError(f"llama.cpp stopped (exit {code}): {said}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise EdgeFormerError(f"llama.cpp: {answer['error']}")
-        return answer
+    def last_words(self, code: int | None) -> str:
+        if code == -signal.SIGILL and "AMX_INT8 = 1" in self.about.get("system_info", ""):
+            return f"an illegal instruction in its AMX kernels; build it without: {REBUILD_WITHOUT_AMX}"
+        return super().last_words(code)
 
 
-class Child:
+class LlamaCppRunner:
     """The process that holds the model; one context a flash-attention setting, made when first asked for."""
 
     def __init__(self, path: str) -> None:
+        self.path = Path(path)
         self.api: Any = importlib.import_module("llama_cpp.llama_cpp")
         api = self.api
         self._silent = api.llama_log_callback(lambda *_: None)
@@ -175,28 +106,72 @@ class Child:
         self.shape: dict[str, int] = {}
         self.filled: dict[bool, tuple[int, int]] = {}
 
-    def load(self, threads: int, context: int, batch: int) -> dict[str, Any]:
+    def load(self, threads: int, context: int, batch: int, **options: Any) -> dict[str, Any]:
         self.shape = {"threads": threads, "context": context, "batch": batch}
         return {
             "version": importlib.metadata.version(PACKAGE),
             "system_info": self.api.llama_print_system_info().decode(),
             "model": self._description(),
+            "settings": [{"flash_attention": flash} for flash in (False, True)],
+            "fixed": {"n_batch": BATCH, "n_ubatch": UBATCH, "kv": "fp16"},
+            "work": asdict(work_of_file(self.path, kv_element_bytes=2)),
         }
 
-    def time(self, flash: bool, kind: str, tokens: int, depth: int, batch: int) -> dict[str, Any]:
+    def time(self, test: Test, setting: Any, clock: Clock) -> None:
+        flash = setting["flash_attention"]
         context = self.contexts.get(flash) or self._context(flash)
-        api = self.api
-        rng = random.Random(tokens)
-        self._fill(context, flash, depth, batch)
-        api.llama_synchronize(context)
-        prompt = [rng.randrange(self.vocabulary) for _ in range(tokens)]
+        rng = random.Random(test.tokens)
+        self._fill(context, flash, test.depth, test.batch)
+        self.api.llama_synchronize(context)
+        prompt = [rng.randrange(self.vocabulary) for _ in range(test.tokens)]
+        with clock:
+            if test.kind == "pp":
+                self._prompt(context, prompt, 0, test.depth)
+            else:
+                self._generate(context, prompt, test.depth, test.batch)
+            self.api.llama_synchronize(context)
+
+    def query(self, prompt: int, generate: int, batch: int, setting: Any) -> tuple[float, float]:
+        flash, api = setting["flash_attention"], self.api
+        context = self.contexts.get(flash) or self._context(flash)
+        self._fill(context, flash, 0, batch)
+        rng = random.Random(prompt)
+        prompts = [[rng.randrange(self.vocabulary) for _ in range(prompt)] for _ in range(batch)]
         start = time.perf_counter()
-        if kind == "pp":
-            self._prompt(context, prompt, 0, depth)
-        else:
-            self._generate(context, prompt, depth, batch)
+        drawn = []
+        for sequence, tokens in enumerate(prompts):
+            self._prompt(context, tokens, sequence)
+            drawn.append(self._likeliest(context, -1))
         api.llama_synchronize(context)
-        return {"seconds": time.perf_counter() - start}
+        first = time.perf_counter() - start
+        for i in range(generate - 1):
+            batch_of_tokens = self._batch([(t, prompt + i, s) for s, t in enumerate(drawn)], logits=None)
+            self._decode(context, batch_of_tokens)
+            drawn = [self._likeliest(context, s) for s in range(batch)]
+            api.llama_batch_free(batch_of_tokens)
+        return first, time.perf_counter() - start
+
+    def _likeliest(self, context: Any, row: int) -> int:
+        import numpy as np
+
+        logits = self.api.llama_get_logits_ith(context, row)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+
+    def logits(self, ids: Sequence[int], out: Path, setting: Any) -> None:
+        import numpy as np
+
+        flash = setting["flash_attention"]
+        context = self.contexts.get(flash) or self._context(flash)
+        self._fill(context, flash, 0, 1)
+        rows = []
+        for start in range(0, len(ids), UBATCH):
+            part = ids[start : start + UBATCH]
+            batch = self._batch([(token, start + i, 0) for i, token in enumerate(part)], logits=None)
+            self._decode(context, batch)
+            found = self.api.llama_get_logits(context)
+            rows.append(np.ctypeslib.as_array(found, shape=(len(part), self.vocabulary)).copy())
+            self.api.llama_batch_free(batch)
+        np.save(out, np.concatenate(rows))
 
     def _fill(self, context: Any, flash: bool, depth: int, batch: int) -> None:
         """Leave exactly `depth` tokens in the cache; those of the last test serve again."""
@@ -267,21 +242,5 @@ class Child:
         return text.value.decode()
 
 
-def serve(path: str) -> None:
-    """Answer questions until the input ends. Whatever the libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    child: Child | None = None
-    for line in sys.stdin:
-        question = json.loads(line)
-        do = question.pop("do")
-        try:
-            child = child or Child(path)
-            answer = child.load(**question) if do == "load" else child.time(**question)
-        except Exception as error:  # noqa: BLE001  the parent raises it again
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(LlamaCppRunner)

@@ -11,80 +11,19 @@ from typing import Any
 
 import pytest
 
-from edgeformer.bench import model as bench_model
 from edgeformer.bench import probes
-from edgeformer.bench.model import MeasurementError, Options, bench, require_plausible
-from edgeformer.bench.peers.llama_cpp import REBUILD, LlamaCppEngine, missing_isa
+from edgeformer.bench.child import EngineError, Shape, Timing
+from edgeformer.bench.model import MeasurementError, require_plausible
+from edgeformer.bench.options import Options
+from edgeformer.bench.peers.llama_cpp import LlamaCppEngine, missing_isa
 from edgeformer.bench.probes import Limits
 from edgeformer.bench.table import render
-from edgeformer.bench.work import Test, Work, fractions, work_of_file
-from edgeformer.compiler.errors import EdgeFormerError, UnsupportedError
+from edgeformer.bench.work import Test, fractions, work_of_file
+from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.target import detect
 from edgeformer.kernels.shared.isa.table import MATRIX
 
-WORK = Work(
-    weight_bytes=10**9,
-    kv_bytes=1000,
-    linear_weights=10**9,
-    head_weights=10**8,
-    num_layers=10,
-    attention_width=1000,
-)
-LIMITS = Limits(threads=2, read_bandwidth=5e10, int8_peak=2e12, float_peak=1e11)
-
-
-class Pretender:
-    """An engine whose every run takes as long as it was told."""
-
-    def __init__(self, name: str, seconds: list[float], log: list[str]) -> None:
-        self.name, self._seconds, self._log, self._runs = name, seconds, log, 0
-        self.closed = False
-
-    def prepare(self, test: Test) -> dict[str, Any]:
-        self._log.append(f"warm {self.name}")
-        return {"flash_attention": True}
-
-    def run(self, test: Test) -> float:
-        self._log.append(self.name)
-        self._runs += 1
-        return self._seconds[(self._runs - 1) % len(self._seconds)]
-
-    def work(self) -> Work:
-        return WORK
-
-    def describe(self) -> dict[str, Any]:
-        return {"version": "1"}
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.fixture
-def log() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: list[str]):
-    """Run the bench on pretenders and return its rows."""
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"0" * 1000)
-    engines = [Pretender("edgeformer", [4.0, 2.0, 3.0], log), Pretender("llama.cpp", [8.0, 8.0, 6.0], log)]
-
-    def limits(threads: int) -> Limits:
-        log.append("limits")
-        return LIMITS
-
-    monkeypatch.setattr(bench_model, "open_engines", lambda *_: engines)
-    monkeypatch.setattr(bench_model, "measure_limits", limits)
-    monkeypatch.setattr(bench_model, "PAUSE", 0.0)
-
-    def run(**options: Any) -> list[dict[str, Any]]:
-        rows = bench(path, Options(threads=(2,), repeats=3, **options))
-        assert all(engine.closed for engine in engines)
-        return rows
-
-    return run
+from .conftest import LIMITS, WORK
 
 
 def test_engines_take_turns_and_limits_are_measured_around(pretend: Any, log: list[str]):
@@ -109,19 +48,130 @@ def test_rows_have_the_median_the_spread_and_where_they_come_from(pretend: Any):
     assert ours["limits"]["rounds"] == 3
     assert ours["limits"]["matrix_peak"] is None
     needed = {"schema_version", "run_id", "model", "size", "threads", "versions", "device", "options"}
+    needed |= {"commit", "governor", "fingerprint", "time", "records", "device_check", "environment"}
     assert needed <= ours.keys()
+    assert ours["records"] == {"default": 2}
+    assert ours["schema_version"] == 2 and ours["proof"] == "run"
     assert len({r["run_id"] for r in rows}) == 1
+
+
+def test_energy_is_never_zero(pretend: Any):
+    unknown = pretend(prompt=(0,), generate=(120,))[0]["energy"]
+    assert unknown == {"status": "unavailable", "source": "no counter here", "joules_per_token": None}
+    guessed = pretend(prompt=(0,), generate=(120,), watts=20.0)[0]["energy"]
+    assert guessed["status"] == "estimated"
+    assert guessed["joules_per_token"] == pytest.approx(20 * 3.0 / 120)
+
+
+def test_first_token_scenarios_and_quality_stand_beside_the_speed(pretend: Any):
+    rows = pretend(
+        prompt=(64,), generate=(5,), ttft=True, quality_tokens=700, queries=16,
+        scenarios=("single-stream", "multi-stream", "offline"),
+    )  # fmt: skip
+    ours = [row for row in rows if row["engine"] == "edgeformer"]
+    assert [row["test"] for row in ours] == ["pp64", "tg5", "single-stream", "multi-stream", "offline"]
+    assert ours[0]["first_token"]["warm_seconds"] == 0.5
+    assert len(ours[0]["first_token"]["cold_samples"]) == 3
+    assert ours[0]["peak_memory"] == 10**8
+    assert ours[0]["quality"]["tokens"] == 698  # 511 of a window of 512, 187 of one of 188
+    assert ours[0]["quality"]["mean_kl"] == 0.0 and ours[0]["quality"]["top1_agreement"] == 1.0
+    single, multi, offline = (row["scenario"] for row in ours[2:])
+    assert (single["queries"], multi["queries"], offline["queries"]) == (16, 2, 2)
+    assert single["metric"] == {"latency_p90": pytest.approx(0.9)}
+    assert multi["metric"] == {"latency_p99": pytest.approx(0.5 + 0.1 * 4 * 8)}
+    assert offline["metric"] == {"samples_per_second": pytest.approx(8 / 3.7, rel=1e-3)}
+    assert multi["few"] and "too few queries" in ours[3]["warnings"][0]
 
 
 def test_tables(pretend: Any):
     rows = pretend(prompt=(), generate=(120,))
     assert json.loads(render(rows, "json")) == rows
+    assert [json.loads(line) for line in render(rows, "jsonl").splitlines()] == rows
     table = render(rows, "md").splitlines()
     assert "| 2.00 |" in table[0].replace("x llama.cpp", "2.00")
     assert "| edgeformer | 2 | tg120 | 40.0 ± 15.0 |" in table[2]
+    assert any("energy is unavailable: no counter here" in line for line in table)
     parsed = list(csv.DictReader(io.StringIO(render(rows, "csv"))))
     assert [row["test"] for row in parsed] == ["tg120", "tg120"]
     assert json.loads(parsed[0]["limits"])["read_bandwidth"] == 5e10
+
+
+def test_a_missing_peer_has_a_row_with_the_command(pretend: Any):
+    rows = pretend(prompt=(0,), generate=(16,), peers=("openvino", "llama.cpp"))
+    missing = rows[1]
+    assert (missing["engine"], missing["status"]) == ("openvino", "missing")
+    assert missing["tokens_per_second"] is None and missing["limit_fraction"] is None
+    assert "pip install openvino-genai" in missing["error"]
+    assert [row["status"] for row in rows] == ["ok", "missing", "ok"]
+    assert "pip install openvino-genai" in render(rows, "md")
+
+
+def test_a_peer_that_dies_is_reopened_and_the_run_goes_on(pretend: Any, engines: dict[str, Any]):
+    peer = engines["llama.cpp"]
+    peer.fails["pp512"] = EngineError("llama.cpp stopped (exit -11): no word")
+    rows = pretend(prompt=(512,), generate=(16,))
+    by_test = {(row["engine"], row["test"]): row for row in rows}
+    assert by_test["llama.cpp", "pp512"]["status"] == "failed"
+    assert "exit -11" in by_test["llama.cpp", "pp512"]["error"]
+    assert by_test["llama.cpp", "tg16"]["status"] == "ok" and peer.opened == 1
+    assert by_test["edgeformer", "pp512"]["status"] == "ok"
+
+
+def test_a_peer_that_dies_twice_is_given_up(pretend: Any, engines: dict[str, Any]):
+    peer = engines["llama.cpp"]
+    peer.fails = {
+        name: EngineError("llama.cpp gave no answer", "timeout") for name in ("pp512", "pp8", "tg16")
+    }
+    rows = pretend(prompt=(512, 8), generate=(16,))
+    theirs = [row for row in rows if row["engine"] == "llama.cpp"]
+    assert [row["status"] for row in theirs] == ["timeout"] * 3
+    assert "given up" in theirs[2]["error"] and peer.opened == 1
+
+
+def test_a_killed_run_goes_on(pretend: Any, engines: dict[str, Any], log: list[str]):
+    ours = engines["edgeformer"]
+    good, ours.run = ours.run, None
+
+    def killed(test: Test) -> Timing:
+        if test.name == "tg16":
+            raise KeyboardInterrupt
+        return good(test)
+
+    ours.run = killed
+    with pytest.raises(KeyboardInterrupt):
+        pretend(prompt=(512,), generate=(16,))
+    ours.run, before = good, len(log)
+    rows = pretend(prompt=(512,), generate=(16,), resume=True)
+    assert [row["test"] for row in rows] == ["pp512", "pp512", "tg16", "tg16"]
+    assert log[before:].count("edgeformer") == 3  # tg16 alone was measured again
+    assert len({row["run_id"] for row in rows}) == 1
+    again = len(log)
+    pretend(prompt=(512,), generate=(16,), resume=True)  # the finished run is forgotten
+    assert log[again:].count("edgeformer") == 6
+
+
+def test_another_run_is_not_resumed(pretend: Any, engines: dict[str, Any], log: list[str]):
+    engines["edgeformer"].fails["tg16"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        pretend(prompt=(512,), generate=(16,))
+    engines["edgeformer"].fails.clear()
+    before = len(log)
+    pretend(prompt=(512,), generate=(16,), repeats=4, resume=True)
+    assert log[before:].count("edgeformer") == 8
+
+
+def test_drift_is_told_and_strict_refuses(pretend: Any, probe_speeds: list[float]):
+    probe_speeds[:] = [100.0, 100.0, 80.0, 100.0]
+    rows = pretend(prompt=(0,), generate=(16,))
+    check = rows[0]["device_check"]
+    assert check["warnings"] == ["the fixed compute probe drifted by 20%: the machine's own speed changed"]
+    assert [probe["compute"] for probe in check["probes"]] == [100.0, 100.0, 80.0]
+    assert "drifted" in render(rows, "md")
+    probe_speeds[:] = [100.0, 80.0, 100.0]
+    with pytest.raises(MeasurementError, match="--strict: .*drifted by 20%"):
+        pretend(prompt=(0,), generate=(16,), strict=True)
+    # What was measured is kept: without --strict the rows come at once.
+    assert pretend(prompt=(0,), generate=(16,), resume=True)[0]["device_check"]["warnings"]
 
 
 def test_a_speed_above_the_limit_counts_for_nothing():
@@ -137,7 +187,7 @@ def test_names_and_combinations():
         "pp512", "pp64", "tg128", "tg128@b4", "pp512@d4096", "pp64@d4096", "tg128@d4096", "tg128@d4096@b4"
     ]  # fmt: skip
     with pytest.raises(UnsupportedError, match="nothing to measure"):
-        Options(prompt=(0,), generate=()).tests()
+        Options(prompt=(0,), generate=()).check()
 
 
 def test_fractions_of_prefill_and_batches():
@@ -213,48 +263,10 @@ def test_a_build_without_this_cpus_instructions_is_seen(info: str, features: set
     assert missing_isa(info, features) == missing
 
 
-def test_a_missing_peer_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="pip install .*llama-cpp-python"):
-        LlamaCppEngine(Path("m.gguf"), 2, 128)
-
-
-CHILD = """
-import json, sys
-for line in sys.stdin:
-    question = json.loads(line)
-    if question["do"] == "load":
-        print(json.dumps({"version": "0", "system_info": "CPU : SSE3 = 1 |", "model": "m"}), flush=True)
-    else:
-        print(json.dumps({"error": "ValueError: no such test"}), flush=True)
-"""
-
-
-def test_an_unfit_build_and_a_dying_child_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    import subprocess
-    import sys
-    from types import SimpleNamespace
-
-    real = subprocess.Popen
-    script = [CHILD]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(
-        "subprocess.Popen", lambda command, **options: real([sys.executable, "-c", script[0]], **options)
-    )
-    features = SimpleNamespace(features={"avx2"})
-    monkeypatch.setattr("edgeformer.compiler.target.detect", lambda: features)
-    with pytest.raises(UnsupportedError) as caught:
-        LlamaCppEngine(Path("m.gguf"), 2, 128)
-    assert "AVX2" in str(caught.value)
-    assert REBUILD in str(caught.value)
-    features.features = set()
-    engine = LlamaCppEngine(Path("m.gguf"), 2, 128)
-    with pytest.raises(EdgeFormerError, match="no such test"):
-        engine.prepare(Test("pp", 4))
-    engine.close()
-    script[0] = "import sys; sys.exit('out of memory')"
-    with pytest.raises(EdgeFormerError, match=r"llama\.cpp stopped .*out of memory"):
-        LlamaCppEngine(Path("m.gguf"), 2, 128)
+        LlamaCppEngine(Path("m.gguf"), Shape(2, 128))
 
 
 @pytest.mark.real

@@ -37,9 +37,8 @@ def test_a_prompt_longer_than_the_context_is_refused(smollm2: Path):
 
 
 def test_bench_prints_rows(smollm2: Path):
-    result = edgeformer(
-        "bench", "model", str(smollm2), "-p", "8", "-n", "2", "-b", "1,2", "-r", "1", "-o", "json"
-    )
+    small = ("-p", "8", "-n", "2", "-b", "1,2", "-r", "1", "--quality-tokens", "48")
+    result = edgeformer("bench", "model", str(smollm2), *small, "-o", "json")
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     assert [row["test"] for row in rows] == ["pp8", "tg2", "tg2@b2"]
@@ -47,3 +46,7 @@ def test_bench_prints_rows(smollm2: Path):
         assert row["engine"] == "edgeformer"
         assert row["tokens_per_second"] > 0
         assert {"spread", "limit_fraction", "schema_version", "run_id", "size", "threads"} <= row.keys()
+        assert row["first_token"]["cold_seconds"] > row["first_token"]["warm_seconds"] > 0
+        assert row["peak_memory"] > row["size"]
+        assert row["quality"]["tokens"] == 47 and row["quality"]["mean_kl"] < 0.1
+        assert row["energy"]["status"] in ("measured", "unavailable")

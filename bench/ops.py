@@ -1,0 +1,200 @@
+"""Times single kernels on shapes of real models, beside their limits and beside PyTorch, interleaved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..compiler.errors import EdgeFormerError
+from ..compiler.target import Target, available_cores, detect
+from .check import DeviceCheck, fixed_probe, sample_warnings
+from .op_cases import BUILDERS, Call, Case, cases
+from .probes import Limits, measure_limits
+from .provenance import new_run_id, now, provenance
+
+SAMPLE_SECONDS = 2e-3  # a sample is at least so long: many calls of a short kernel
+CASE_SECONDS = 1.5  # of a case, about
+OURS = "edgeformer"
+
+
+@dataclass(frozen=True)
+class OpsOptions:
+    """What to measure. `forms`: "" is what dispatch chooses; others are asked for by name."""
+
+    operators: tuple[str, ...] = tuple(BUILDERS)
+    models: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "deepseek-v2-lite")
+    rows: tuple[int, ...] = (1, 8, 512)
+    contexts: tuple[int, ...] = (512, 4096, 32768)
+    formats: tuple[str, ...] = ("int4",)
+    forms: tuple[str, ...] = ("",)
+    threads: int | None = None
+    repeats: int = 7
+    target: str = "auto"
+    strict: bool = False
+
+
+def bench_ops(options: OpsOptions, progress: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """Return one row a case and engine. A target that this host cannot run has no speeds: see `compiled`."""
+    from ..runtime.dispatch import use_target
+    from ..runtime.threads import set_threads
+    from .model import MeasurementError
+
+    target = Target.parse(options.target)
+    threads = options.threads or available_cores()
+    shared = provenance(new_run_id(), threads, now()) | {"kind": "op", "size": 0, "options": {}}
+    chosen = [
+        (form, case)
+        for form in options.forms
+        for case in cases(
+            options.operators, options.models, options.rows, options.contexts, options.formats, form or None,
+            detect().l3,
+        )
+    ]  # fmt: skip
+    if target.missing_on(detect()):
+        return [shared | compiled(case, target) for _, case in chosen]
+    use_target(target)
+    set_threads(threads)
+    check = DeviceCheck(threads, available_cores(), lambda: fixed_probe(threads))
+    if (found := check.before()) and options.strict:
+        raise MeasurementError(f"--strict: {'; '.join(found)}")
+    limits = measure_limits(threads)
+    rows: list[dict[str, Any]] = []
+    try:
+        for i, (form, case) in enumerate(chosen):
+            progress(f"{i + 1} of {len(chosen)}: {case.name} {form}")
+            rows += _measure(case, form, options.repeats)
+            if i % 25 == 24:
+                check.again()
+                limits = limits.best(measure_limits(threads, repeats=3))
+    finally:
+        use_target(None)
+    limits = limits.best(measure_limits(threads))
+    if (found := check.after()) and options.strict:
+        raise MeasurementError(f"--strict: {'; '.join(found)}")
+    return [shared | row | _limits(row, limits) | {"device_check": check.row()} for row in rows]
+
+
+def compiled(case: Case, target: Target) -> dict[str, Any]:
+    """Return the row of a target that cannot run here: whether it compiles, and no speed."""
+    from ..compiler.backends import tvm_llvm
+    from ..runtime.registry import operators
+
+    row = _names(case, OURS) | _nothing()
+    operator = operators().get(case.operator)
+    if operator is None or case.spec is None:
+        why = "only quant_matmul and attention are compiled for a target that cannot run here"
+        return row | {"status": "not run", "proof": "none", "error": why}
+    form, spec = operator.forms[0], case.spec()
+    if (declined := form.decide(spec, target)) is not None:
+        return row | {"status": "declined", "proof": "none", "error": declined.reason}
+    try:
+        assert form.lower is not None
+        tvm_llvm.compile_module(form.lower(spec, form.space(spec, target)[0], target), target)
+    except EdgeFormerError as error:
+        return row | {"status": "failed", "proof": "none", "error": str(error)}
+    return row | {"status": "compiled, not run here", "proof": "compiled", "error": None}
+
+
+def _measure(case: Case, form: str, repeats: int) -> list[dict[str, Any]]:
+    try:
+        problem = case.build()
+        error = problem.error()
+    except (EdgeFormerError, MemoryError) as problem_found:
+        failed = {"status": "failed", "proof": "none", "error": str(problem_found)}
+        return [_names(case, OURS, form) | _nothing() | failed]
+    seconds = interleave({OURS: problem.ours, **problem.peers}, repeats)
+    best_peer = min((statistics.median(s) for name, s in seconds.items() if name != OURS), default=None)
+    rows = []
+    for engine, samples in seconds.items():
+        middle = statistics.median(samples)
+        speeds = [problem.tokens / s for s in samples]
+        row = _names(case, engine, form if engine == OURS else "") | {
+            "tokens_per_second": problem.tokens / middle,
+            "spread": (max(speeds) - min(speeds)) / 2,
+            "samples": speeds,
+            "seconds": middle,
+            "seconds_spread": (max(samples) - min(samples)) / 2,
+            "gigabytes_per_second": problem.bytes / middle / 1e9,
+            "teraoperations_per_second": problem.operations / middle / 1e12,
+            "operations": problem.operations,
+            "bytes_per_step": problem.bytes,
+            "cached": problem.cached,
+            "peak": problem.limit,
+            "error_to_reference": error if engine == OURS else None,
+            "peer_ratio": best_peer / middle if engine == OURS and best_peer else None,
+            "status": "ok",
+            "proof": "run",
+            "error": None,
+            "warnings": sample_warnings(speeds),
+            "energy": None,
+        }
+        rows.append(row)
+    return rows
+
+
+def interleave(calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
+    """Return seconds a call of each, in turns; the one that begins changes. A sample is many short calls."""
+    names, counts = list(calls), {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        counts[name] = max(1, int(SAMPLE_SECONDS / once))
+        if once * repeats > 2 * CASE_SECONDS:
+            repeats = max(3, int(2 * CASE_SECONDS / once))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for i in range(len(names)):
+            name = names[(i + repeat) % len(names)]
+            call, count = calls[name], counts[name]
+            call()  # the cache is this engine's again
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            found[name].append((time.perf_counter() - start) / count)
+    return found
+
+
+def _names(case: Case, engine: str, form: str = "") -> dict[str, Any]:
+    return {
+        "engine": f"{engine} {form}".strip(), "model": case.model, "test": case.name, "test_kind": "op",
+        "operator": case.operator, "tokens": case.tokens, "depth": case.context, "batch": 1,
+    }  # fmt: skip
+
+
+def _nothing() -> dict[str, Any]:
+    names = (
+        "tokens_per_second",
+        "spread",
+        "seconds",
+        "seconds_spread",
+        "limit_fraction",
+        "error_to_reference",
+    )
+    return dict.fromkeys(names) | {"samples": [], "warnings": [], "energy": None}
+
+
+def _limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Return what part of its limit a row reaches: the slower of memory and of the peak that counts."""
+    measured = {
+        "read_bandwidth": limits.read_bandwidth, "int8_peak": limits.int8_peak,
+        "float_peak": limits.float_peak, "matrix_peak": limits.matrix_peak,
+        "rounds": limits.rounds, "probes": limits.probes,
+    }  # fmt: skip
+    if row["seconds"] is None:
+        return {"limits": measured}
+    peaks = [limits.matrix_peak, limits.int8_peak if row["peak"] == "int8" else limits.float_peak]
+    peak = max((p for p in peaks if p), default=None)
+    compute = row["operations"] / peak if peak else 0.0
+    memory = 0.0 if row["cached"] else row["bytes_per_step"] / limits.read_bandwidth
+    least = max(compute, memory)
+    why = "its operations over the peak" if compute >= memory else "its bytes over the read bandwidth"
+    small = row["cached"] and row["bytes_per_step"] / limits.read_bandwidth > compute
+    if not least or small:
+        why = "it runs from the cache, whose speed is not probed"
+        return {"limits": measured, "limit_fraction": None, "limit": why}
+    return {"limits": measured, "limit_fraction": round(least / row["seconds"], 4), "limit": why}
