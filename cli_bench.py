@@ -70,7 +70,8 @@ def bench_model(
     settings = Options(
         prompt=numbers(prompt, "-p"), generate=numbers(generate, "-n"), depth=numbers(depth, "-d"),
         batch=numbers(batch, "-b", least=1), threads=numbers(threads, "-t", least=1), repeats=repeats,
-        target=target, kv=kv.value, activation=activation.value, quantize=value(quantize), whole_step=not op_by_op,
+        target=target, kv=kv.value, activation=activation.value, quantize=value(quantize),
+        whole_step=not op_by_op,
         peers=names(peers), scenarios=names(scenarios), queries=queries, ttft=ttft,
         quality_tokens=quality_tokens, watts=watts, timeout=timeout, strict=strict, resume=resume,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from .journal import Journal
 from .options import Options
 from .probes import Limits, measure_limits
 from .provenance import commit, fingerprint, new_run_id, now
-from .rows import RunFacts, build_rows
+from .rows import RunFacts, build_rows, model_size
 from .work import Test
 
 HIGHEST_FRACTION = 1.02
@@ -55,8 +55,7 @@ def bench(
 
 
 def _identity(path: Path, options: Options) -> dict[str, Any]:
-    status = path.stat()
-    file = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    file = [str(path.resolve()), model_size(path), path.stat().st_mtime_ns]
     return {"file": file, "options": options.identity(), "commit": commit(), "device": fingerprint()}
 
 

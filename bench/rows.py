@@ -51,12 +51,18 @@ class RunFacts:
         return best
 
 
+def model_size(path: Path) -> int:
+    """Return the bytes of a model's file, or of all files of its folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def build_rows(run: RunFacts) -> list[dict[str, Any]]:
     """Return the rows of a run: tests first, then scenarios."""
     shared = provenance(run.run_id, run.threads, run.time) | {
         "kind": "model",
         "model": run.path.name,
-        "size": run.path.stat().st_size,
+        "size": model_size(run.path),
         "records": run.units.get("about:edgeformer", {}).get("records", {}),
         "device_check": _check(run),
     }
