@@ -25,7 +25,7 @@ from ..compiler.errors import EdgeFormerError, UnsupportedError
 from .energy import Clock
 from .work import Test, Work
 
-TRIALS = 2  # timed runs of each setting, to find the best one
+TRIALS = 1  # timed runs of each setting behind its warm-up, to find the best one
 
 
 class EngineError(EdgeFormerError):
@@ -164,13 +164,11 @@ class ChildEngine:
     def prepare(self, test: Test) -> dict[str, Any]:
         """Warm up, and choose this test's best setting where there are several; return it."""
         settings = self.about.get("settings") or [{}]
-        for setting in settings:
-            self._time(test, setting)
+        best = [self._time(test, setting).seconds for setting in settings]
         key = (test.kind, test.tokens, test.depth, test.batch)
         if len(settings) == 1:
             self._chosen[key] = settings[0]
         else:
-            best = [float("inf")] * len(settings)
             for _ in range(TRIALS):
                 for i, setting in enumerate(settings):
                     best[i] = min(best[i], self._time(test, setting).seconds)

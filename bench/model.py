@@ -25,7 +25,7 @@ from .work import Test
 
 HIGHEST_FRACTION = 1.02
 PAUSE = 0.05  # seconds between engines: idle threads of one go to sleep before the other starts
-COLD_STARTS = 3
+FIRST_TOKENS, COLD_STARTS = 3, 2  # repeats of the time to the first token, at most
 
 
 class MeasurementError(EdgeFormerError):
@@ -165,8 +165,9 @@ class ModelRun:
         """Time a prompt to its first token, in a running engine and in a new process of it."""
         prompt, _ = self.options.query
         found: dict[str, dict[str, Any]] = {name: {"warm": [], "cold": []} for name in self.fleet.names}
-        for repeat in range(self.options.repeats + 1):
-            self.progress(f"time to first token: repeat {repeat} of {self.options.repeats}")
+        repeats = min(FIRST_TOKENS, self.options.repeats)
+        for repeat in range(repeats + 1):
+            self.progress(f"time to first token: repeat {repeat} of {repeats}")
             for name in self._turn(repeat):
                 time.sleep(PAUSE)
                 seconds = self.fleet.attempt(name, lambda engine: engine.query(prompt, 1)[0])

@@ -164,10 +164,9 @@ def bars(
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if len(unique) > 1:
-        axes.legend(
+        fig.legend(
             unique.values(), unique.keys(), labelcolor=plotter.theme.ink, frameon=False, fontsize=8.5,
-            loc="upper center", bbox_to_anchor=(0.4, -0.16 * 3.2 / fig.get_size_inches()[1] - 0.02),
-            ncols=min(2, len(unique)),
+            loc="outside lower center", ncols=min(2, len(unique)),
         )  # fmt: skip
     return fig
 
@@ -282,7 +281,7 @@ def all_figures(plotter: Plotter, results: Sequence[Results]) -> dict[str, Any]:
             plotter, results, "Time to the first token", "seconds", ["warm", "new process"], _first
         ),
         "memory": bars(plotter, results, "Peak memory", "MB", ["to the first token"], _memory),
-        "energy": bars(plotter, results, "Energy", "joules a token", tests, _energy),
+        "energy": bars(plotter, results, "Energy", "joules a token", [*prefill[:1], *decode[:1]], _energy),
         "quality": pareto(plotter, results),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -29,13 +29,13 @@ p{margin:.4rem 0;max-width:46rem}.soft{color:var(--soft)}
 .warn li{overflow-wrap:anywhere}
 .scroll{overflow-x:auto;border:1px solid var(--faint);border-radius:6px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--faint)}
+th,td{padding:.35rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--faint)}
 th:first-child,td:first-child,td.left,th.left{text-align:left}
 tr:last-child td{border-bottom:0}thead th{background:var(--card)}
 td.text{white-space:normal;text-align:left;min-width:14rem;overflow-wrap:anywhere}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,23rem),1fr));gap:1rem;
-align-items:start}
-figure{margin:0;padding:.5rem;background:var(--card);border:1px solid var(--faint);border-radius:6px}
+.plots{columns:20rem;column-gap:1rem}
+figure{margin:0 0 1rem;break-inside:avoid;
+padding:.5rem;background:var(--card);border:1px solid var(--faint);border-radius:6px}
 figure svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:.5rem 0}dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
@@ -163,7 +163,8 @@ def _speeds(results: Sequence[Results]) -> str:
         line = [row["test"], row["engine"] if len(results) == 1 else f"{row['engine']}, {result.label}"]
         if is_shown(row):
             part = row["limit_fraction"]
-            line.append(f"{row['tokens_per_second']:,.1f} ± {row['spread']:,.1f}")
+            digits = 0 if row["tokens_per_second"] >= 1000 else 1
+            line.append(f"{row['tokens_per_second']:,.{digits}f} ± {row['spread']:,.{digits}f}")
             line.append("" if part is None else f"{part:.0%}")
         else:
             line += [str(row.get("status", "not run")), ""]
