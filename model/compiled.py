@@ -11,12 +11,14 @@ from ..compiler.errors import EdgeFormerError
 from ..compiler.operator import Form
 from ..compiler.target import Target
 from ..kernels.attention.space import fastest_math
-from ..kernels.decoder_step import TVM_CPU, DecoderStepSpec
+from ..kernels.decoder_step import LAYER_VECTORS, LAYER_WEIGHTS, TVM_CPU, DecoderStepSpec
+from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
 from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram
 from .config import ModelConfig
 from .decoder import Block, Decoder
+from .layers import GATES
 
 _TOLERANCE = 0.01  # of what a layer adds: an int8 code may round the other way, a wrong kernel is far off
 _KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
@@ -25,8 +27,6 @@ _KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
     """Return the whole step's problem. Raises EdgeFormerError where the layers differ in format."""
     c = decoder.config
-    if c.qk_norm or c.post_norms or c.windows or c.o_bias or c.mlp_bias:
-        raise EdgeFormerError(f"the family {c.architecture} is not composed yet")
     blocks = [layer for layer in decoder.layers if isinstance(layer, Block)]
 
     def one(name: str) -> object:
@@ -55,8 +55,31 @@ def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
         qkv_bias=c.attention_bias,
         kv_dtype=_KV[kv],
         mask="causal_lengths",
+        gate=GATES[c.activation].removesuffix("_pair"),
+        o_bias=c.o_bias,
+        mlp_bias=c.mlp_bias,
+        qk_norm=c.qk_norm,
+        post_norms=c.post_norms,
+        window=any(c.windows),
+        attention_scale=c.attention_scale or 0.0,
+        attention_softcap=c.attention_softcap,
+        logit_softcap=c.logit_softcap,
+        embedding_factor=c.embedding_scale,
         activation="int8" if decoder.head.activation == "auto" else decoder.head.activation,
     )
+
+
+def layer_handles(block: Block) -> dict[str, Tensor | PackedWeight | int | None]:
+    """Return what a program binds of one layer: weights, norms, biases, its window and rotary table."""
+    norms = {name: getattr(block, name) for name in LAYER_VECTORS if name.endswith("norm")}
+    products = {name: getattr(block, name) for name in LAYER_WEIGHTS}
+    return {
+        **{name: product.weight for name, product in products.items()},
+        **{f"{name}_bias": product.bias for name, product in products.items()},
+        **{name: None if norm is None else norm.weight for name, norm in norms.items()},
+        "window": block.window,
+        "rope": block.rope_kind,
+    }
 
 
 class CompiledDecoder:
@@ -75,20 +98,7 @@ class CompiledDecoder:
     def _bind(self) -> StepProgram:
         """Return the program over the decoder's present weights."""
         decoder = self.decoder
-        layers = []
-        for block in decoder.layers:
-            assert isinstance(block, Block)
-            layers.append(
-                {
-                    "attn_norm": block.attn_norm.weight,
-                    "qkv": block.qkv.weight,
-                    "qkv_bias": block.qkv.bias,
-                    "o": block.o.weight,
-                    "mlp_norm": block.mlp_norm.weight,
-                    "gate_up": block.gate_up.weight,
-                    "down": block.down.weight,
-                }
-            )
+        layers = [layer_handles(block) for block in decoder.layers if isinstance(block, Block)]
         return StepProgram(
             step_spec(decoder, self.kv),
             self.target,

@@ -42,10 +42,13 @@ class MemoryPlan:
 def choose_context(config: ModelConfig, context: int | None) -> int:
     """The number of tokens to hold: what was asked for, else the model's own up to DEFAULT_CONTEXT.
 
+    A LongRoPE model's own is the context that it was first trained for: beyond it, it takes other factors.
+
     Raises CapacityError beyond what the model was trained for.
     """
     if context is None:
-        return min(config.max_context, DEFAULT_CONTEXT)
+        own = config.rope.original_context if config.rope.scaling == "longrope" else config.max_context
+        return min(own, config.max_context, DEFAULT_CONTEXT)
     if not 0 < context <= config.max_context:
         raise CapacityError(f"context {context} is not between 1 and the model's {config.max_context}")
     return context

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
 from ..compiler.target import Target
 from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes, prefill_area
-from ..kernels.decoder_step import LAYER_SLOTS, TVM_CPU, DecoderStepSpec
+from ..kernels.decoder_step import LAYER_CACHES, LAYER_NUMBERS, LAYER_SLOTS, TVM_CPU, DecoderStepSpec
 from ..kernels.decoder_step.workspace import BARRIER_BYTES, chunk_area, thread_area
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
@@ -22,15 +22,17 @@ from .threads import team_size
 
 MAX_ROWS = 8  # of a step; more are a chunk
 CHUNK_ROWS = 1024
+_NO_WINDOW = 1 << 40
 _TILE_ROWS = 96  # a multiple of every register tile's rows
 
 
 class StepProgram:
     """Runs segments of a decoder whose weights are bound by handle.
 
-    `layers` holds for each layer its handles by slot name (see LAYER_SLOTS; caches are bound at run
-    time). Hidden states are fp32 [batch, tokens, hidden]. Up to MAX_ROWS rows (batch x tokens) are a step;
-    more, up to CHUNK_ROWS, are a chunk, which `chunk_spec` may give to a matrix unit.
+    `layers` holds for each layer its handles and numbers by slot name (see LAYER_SLOTS; caches are bound at
+    run time; a window of 0 sees everything). Hidden states are fp32 [batch, tokens, hidden]. Up to MAX_ROWS
+    rows (batch x tokens) are a step; more, up to CHUNK_ROWS, are a chunk, which `chunk_spec` may give to a
+    matrix unit.
     Not safe for two threads at once. Raises DeclinedError or BuildError when the step cannot be compiled.
     """
 
@@ -38,7 +40,7 @@ class StepProgram:
         self,
         spec: DecoderStepSpec,
         target: Target,
-        layers: Sequence[dict[str, Tensor | PackedWeight | None]],
+        layers: Sequence[dict[str, Tensor | PackedWeight | int | None]],
         embed: PackedWeight,
         head: PackedWeight,
         head_norm: Tensor,
@@ -73,6 +75,7 @@ class StepProgram:
         self.embed, self.head = embed, head
         self._handles = [dict(layer) for layer in layers]
         self._table = torch.zeros(self.layers, len(LAYER_SLOTS), dtype=torch.int64)
+        self._table[:, LAYER_SLOTS.index("window")] = _NO_WINDOW
         for row, handles in enumerate(self._handles):
             for name, value in handles.items():
                 self.bind_handle(row, name, value)
@@ -80,8 +83,8 @@ class StepProgram:
         self._threads = self._asked = 0
         self._keys = 0
 
-    def bind_handle(self, layer: int, name: str, value: Tensor | PackedWeight | None) -> None:
-        """Bind a weight of one layer: a packed weight, or an fp32 vector. The code does not change."""
+    def bind_handle(self, layer: int, name: str, value: Tensor | PackedWeight | int | None) -> None:
+        """Bind a packed weight, an fp32 vector or a number of one layer. The code does not change."""
         if name not in LAYER_SLOTS:
             raise UnsupportedError(f"a layer has no handle {name!r}; handles: {', '.join(LAYER_SLOTS)}")
         if isinstance(value, PackedWeight):
@@ -93,6 +96,10 @@ class StepProgram:
             address = value.buffer.data_ptr()
         elif value is None:
             address = 0
+        elif isinstance(value, int):
+            if name not in LAYER_NUMBERS:
+                raise UnsupportedError(f"{name} of layer {layer} is a weight, not the number {value}")
+            address = value or (_NO_WINDOW if name == "window" else 0)
         else:
             value = value.float().contiguous()
             address = value.data_ptr()
@@ -103,7 +110,7 @@ class StepProgram:
         """Bind the KV cache of the next calls."""
         for i in range(self.layers):
             kv = cache.layer(i)
-            for name in ("k", "v", "k_scale", "v_scale"):
+            for name in LAYER_CACHES:
                 tensor = getattr(kv, name)
                 self._table[i, LAYER_SLOTS.index(name)] = 0 if tensor is None else tensor.data_ptr()
         self._cache = cache
@@ -173,7 +180,8 @@ class StepProgram:
             *addresses,
             0 if logits is None else logits.data_ptr(),
             *areas,
-            cos.data_ptr(), sin.data_ptr(), cos.stride(1) if cos.dim() == 4 else 0, lengths.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), cos.stride(0), cos.stride(1) if cos.dim() == 4 else 0,
+            lengths.data_ptr(),
             *kv.k.stride()[:2], *kv.v.stride()[:2], *ks,
             chunk,
         )  # fmt: skip
@@ -207,6 +215,7 @@ class StepProgram:
                 4 * padded * spec.qkv_columns,
                 4 * padded * spec.attention_columns,
                 4 * padded * spec.intermediate,
+                4 * padded * spec.hidden * spec.post_norms,
                 chunk_area(spec, isa).nbytes(padded, threads),
                 threads * prefill_area(spec.attention(), isa, *blocks),
                 BARRIER_BYTES,
@@ -220,7 +229,7 @@ class StepProgram:
             self._chunk_key = (padded, threads)
         base = self._chunk_arena.data_ptr()
         at = [base + offset for offset in self._chunk_offsets]
-        return at[:4], (at[4], at[5], at[6])
+        return at[:5], (at[5], at[6], at[7])
 
     def _allocate(self, threads: int, keys: int) -> None:
         """Lay the arena out for a number of threads and a context length."""
@@ -235,6 +244,7 @@ class StepProgram:
             4 * MAX_ROWS * spec.qkv_columns,
             4 * MAX_ROWS * spec.attention_columns,
             4 * MAX_ROWS * spec.intermediate,
+            4 * MAX_ROWS * spec.hidden * spec.post_norms,
             threads * (padded * area.row_bytes + area.fixed_bytes),
             threads * decode_area(attention, chunk) + partial_bytes(attention, rows, chunks + 1),
             BARRIER_BYTES,
@@ -244,10 +254,10 @@ class StepProgram:
         with torch.inference_mode(False):  # the arena is written inside and outside of inference mode
             self._arena = aligned_empty(offsets[-1]).zero_()
             self._x = self._arena[: sizes[0]].view(torch.float32)
-            self._lengths = self._arena[offsets[7] : offsets[7] + sizes[7]].view(torch.int32)
+            self._lengths = self._arena[offsets[8] : offsets[8] + sizes[8]].view(torch.int32)
         base = self._arena.data_ptr()
-        self._addresses = [base + o for o in offsets[:4]]
-        self._work, self._attention, self._barrier = (base + o for o in offsets[4:7])
+        self._addresses = [base + o for o in offsets[:5]]
+        self._work, self._attention, self._barrier = (base + o for o in offsets[5:8])
         self._threads, self._keys = threads, keys
 
 

@@ -1,4 +1,4 @@
-"""The whole step: embedding, layers and head of a Llama-family decoder in one parallel launch."""
+"""The whole step: embedding, layers and head of a decoder in one parallel launch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from ...compiler.target import Target
 from ..attention.space import space as attention_space
 from ..quant_matmul.space import prefetches
 from ..shared.isa.table import MATRIX
-from .spec import LAYER_SLOTS, DecoderStepSpec
+from .spec import LAYER_CACHES, LAYER_NUMBERS, LAYER_SLOTS, LAYER_VECTORS, LAYER_WEIGHTS, DecoderStepSpec
 
-__all__ = ["LAYER_SLOTS", "TVM_CPU", "DecoderStepSpec"]
+__all__ = [
+    "LAYER_CACHES", "LAYER_NUMBERS", "LAYER_SLOTS", "LAYER_VECTORS", "LAYER_WEIGHTS", "TVM_CPU",
+    "DecoderStepSpec",
+]  # fmt: skip
 
 
 def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:

@@ -1,34 +1,32 @@
-"""The whole decode step's problem: embedding, a range of Llama-family layers and the head in one launch."""
+"""The whole decode step's problem: embedding, a range of layers and the head in one launch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..attention.spec import AttentionSpec
 from ..quant_matmul.spec import QuantMatmulSpec
 from ..quant_matmul.weight_format import WeightFormat
 
-# What the layer table holds of each layer: int64 addresses (0: absent).
-LAYER_SLOTS = (
-    "attn_norm",
-    "qkv",
-    "qkv_bias",
-    "o",
-    "mlp_norm",
-    "gate_up",
-    "down",
-    "k",
-    "v",
-    "k_scale",
-    "v_scale",
-)
+LAYER_WEIGHTS = ("qkv", "o", "gate_up", "down")
+LAYER_VECTORS = (
+    "attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm",
+    "qkv_bias", "o_bias", "gate_up_bias", "down_bias",
+)  # fmt: skip
+LAYER_CACHES = ("k", "v", "k_scale", "v_scale")
+LAYER_NUMBERS = ("window", "rope")  # keys that a query sees, and which of the rotary tables turns its heads
+# What the layer table holds of each layer, int64 each: addresses (0: absent), then numbers.
+LAYER_SLOTS = (*LAYER_WEIGHTS, *LAYER_VECTORS, *LAYER_CACHES, *LAYER_NUMBERS)
 
 
 @dataclass(frozen=True)
 class DecoderStepSpec:
     """Embedding, then for every layer attention and gated MLP behind their norms, then norm and head.
 
-    x = embed(ids); x += o(attention(rope(qkv(norm(x))))); x += down(silu(gate) * up); head(norm(x)).
+    x = embed(ids) * embedding_factor; x += o(attention(rope(qkv(norm(x))))); x += down(act(gate) * up);
+    softcap(head(norm(x))). With `qk_norm` every head of q and k passes an RMSNorm before rope; with
+    `post_norms` what o and down give passes one before it is added. `attention_scale` 0 is head_dim ** -0.5;
+    softcaps as in AttentionSpec and QuantMatmulSpec, 0: none. With `window` each layer's is in the table.
 
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
@@ -58,6 +56,16 @@ class DecoderStepSpec:
     mask: str = "causal"
     activation: str = "int8"
     math: str = "float32"
+    gate: str = "silu"
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    window: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_factor: float = 1.0
 
     def key(self) -> str:
         """One line that names the problem."""
@@ -69,8 +77,15 @@ class DecoderStepSpec:
         return (
             f"{self.hidden} {self.intermediate} {self.vocab} {heads} rotary={self.rotary_dim} "
             f"eps={self.eps!r} {formats} {self.embed_layout} {flags}"
-            f"{self.kv_dtype} {self.mask} {self.activation} {self.math}"
+            f"{self.kv_dtype} {self.mask} {self.activation} {self.math}{self._options()}"
         )
+
+    def _options(self) -> str:
+        """What differs from a Llama."""
+        options = ("gate", "o_bias", "mlp_bias", "qk_norm", "post_norms", "window", "attention_scale",
+                   "attention_softcap", "logit_softcap", "embedding_factor")  # fmt: skip
+        changed = [f.name for f in fields(self) if f.name in options and getattr(self, f.name) != f.default]
+        return "".join(f" {name}={getattr(self, name)!r}" for name in changed)
 
     @property
     def qkv_columns(self) -> int:
@@ -84,14 +99,14 @@ class DecoderStepSpec:
 
     def matmul(self, name: str) -> QuantMatmulSpec:
         """Return the problem of one of the step's products: qkv, o, gate_up, down or head."""
-        d, f = self.hidden, self.intermediate
+        d, f, plain = self.hidden, self.intermediate, not self.post_norms
         make = lambda n, k, fmt, **more: QuantMatmulSpec(n, k, fmt, self.activation, **more)  # noqa: E731
         return {
             "qkv": lambda: make(self.qkv_columns, d, self.qkv, bias=self.qkv_bias),
-            "o": lambda: make(d, self.attention_columns, self.o, residual=True),
-            "gate_up": lambda: make(2 * f, d, self.gate_up, epilogue="silu_pair"),
-            "down": lambda: make(d, f, self.down, residual=True),
-            "head": lambda: make(self.vocab, d, self.head),
+            "o": lambda: make(d, self.attention_columns, self.o, bias=self.o_bias, residual=plain),
+            "gate_up": lambda: make(2 * f, d, self.gate_up, epilogue=f"{self.gate}_pair", bias=self.mlp_bias),
+            "down": lambda: make(d, f, self.down, bias=self.mlp_bias, residual=plain),
+            "head": lambda: make(self.vocab, d, self.head, softcap=self.logit_softcap),
         }[name]()
 
     def attention(self) -> AttentionSpec:
@@ -105,5 +120,7 @@ class DecoderStepSpec:
             self.kv_dtype,
             self.mask,
             "blocked",
+            window=self.window,
+            softcap=bool(self.attention_softcap),
             math=self.math,
         )

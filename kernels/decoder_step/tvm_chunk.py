@@ -63,25 +63,25 @@ class Chunk(Step):
         sizes = (int(self.configuration["block_q"]), int(self.configuration["block_k"]))
         prefill_emitter(self._attention(at), *sizes, self.claims).phase(self.thread)
         self._barrier()
-        self._many_product("o", at["o"], k["attended"])
+        self._many_product(at, "o", k["attended"], "attn_post_norm")
 
         gated = tir.buffer_at(k["gated"], "float32")
-        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": gated})
+        bias = tir.buffer_at(at["gate_up_bias"], "float32")
+        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": gated, "bias": bias})
         down = spec.matmul("down")
         tiled = gate_up.matrix and padded_k(down) == down.k
         if tiled:
             gate_up.sink = tile_sink(self.isa, k["gated"], down.k)
         self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
         self._claimed(gate_up)
-        self._many_product("down", at["down"], None if tiled else gated)
+        self._many_product(at, "down", None if tiled else gated, "mlp_post_norm")
 
     def _between_layers(self, layer: Any) -> None:
         """Nothing: a layer's last product ends with a barrier."""
 
-    def _many_product(self, name: str, weight: Any, source: Any) -> None:
-        """Emit x += source @ W.T; without a source its tiles stand in `gated`."""
-        x = self.kernel["x"]
-        context = self._context(name, {"w": weight, "x": source, "y": x, "residual": x})
+    def _many_product(self, at: dict[str, Any], name: str, source: Any, post_norm: str) -> None:
+        """Emit x += source @ W.T (or norm of it); without a source its tiles stand in `gated`."""
+        context = self._added_product(at, name, source)
         if source is None:
             context.kernel["codes"] = self.kernel["gated"]
         else:
@@ -89,6 +89,10 @@ class Chunk(Step):
                 prepare_many(context, row)
             self._barrier()
         self._claimed(context)
+        if self.spec.post_norms:  # each thread's rows are those that it normalises next: no barrier
+            weight = tir.buffer_at(at[post_norm], "float32")
+            with self._own_rows(context) as row, tir.when(row < self.m):
+                self._add_normed(row, weight)
 
     def _claimed(self, context: Context) -> None:
         many_share(context, self.thread)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..attention.tvm_cpu_decode import Decode
+from ..attention.tvm_math import LOG2_E
 from ..attention.tvm_problem import Arguments, Problem
 from ..embedding.spec import EmbeddingSpec
 from ..embedding.tvm_emit import PackedRow
@@ -35,9 +36,10 @@ ARGUMENTS = [
     ("layers", "int64"), ("table", "*int64"),
     ("ids", "*int64"), ("embed", "int64"), ("head", "int64"), ("head_norm", "*float32"),
     ("x", "*float32"), ("qkv", "*float32"), ("attended", "*float32"), ("gated", "*float32"),
-    ("logits", "*float32"),
+    ("projected", "*float32"), ("logits", "*float32"),
     ("work", "int64"), ("attention_scratch", "int64"), ("barrier", "int64"),
-    ("cos", "*float32"), ("sin", "*float32"), ("rope_sb", "int64"), ("limits", "*int32"),
+    ("cos", "*float32"), ("sin", "*float32"), ("rope_sk", "int64"), ("rope_sb", "int64"),
+    ("limits", "*int32"),
     ("k_sb", "int64"), ("k_sh", "int64"), ("v_sb", "int64"), ("v_sh", "int64"),
     ("ks_sb", "int64"), ("ks_sh", "int64"), ("chunk", "int64"),
 ]  # fmt: skip
@@ -140,23 +142,42 @@ class Step:
             decode.phase_merge(tir.let(first + row))
         self._barrier()
 
-        self._product("o", at["o"], k["attended"])
+        self._product(at, "o", k["attended"], "attn_post_norm")
         self._ahead("gate_up", at["gate_up"])
         self._barrier()
-        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": k["gated"]})
+        bias = tir.buffer_at(at["gate_up_bias"], "float32")
+        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": k["gated"], "bias": bias})
         self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
         direct_share(gate_up, thread, self._prefetch())
         self._ahead("down", at["down"])
         self._barrier()
-        self._product("down", at["down"], k["gated"])
+        self._product(at, "down", k["gated"], "mlp_post_norm")
 
-    def _product(self, name: str, weight: Any, source: Any) -> None:
-        """Emit x += source @ W.T."""
-        x = self.kernel["x"]
-        context = self._context(name, {"w": weight, "x": source, "y": x, "residual": x})
+    def _product(self, at: dict[str, Any], name: str, source: Any, post_norm: str) -> None:
+        """Emit x += source @ W.T, or x += norm(source @ W.T)."""
+        context = self._added_product(at, name, source)
         with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
             prepare_row(context, row)
         direct_share(context, self.thread, self._prefetch())
+        if self.spec.post_norms:
+            self._barrier()
+            first, last = shared_range(self.m, self.thread, self.kernel["threads"])
+            with tir.span(first, last) as row:
+                self._add_normed(row, tir.buffer_at(at[post_norm], "float32"))
+
+    def _added_product(self, at: dict[str, Any], name: str, source: Any) -> Context:
+        """Return the context of a product that adds to x itself; a norm's input goes to `projected`."""
+        y = self.kernel["projected" if self.spec.post_norms else "x"]
+        bias = tir.buffer_at(at[f"{name}_bias"], "float32")
+        return self._context(name, {"w": at[name], "x": source, "y": y, "residual": y, "bias": bias})
+
+    def _add_normed(self, row: Any, weight: Any) -> None:
+        """Emit: a row of x += norm(the same row of `projected`)."""
+        spec, k = self.spec, self.kernel
+        norm = NormSpec("rms", spec.hidden, spec.eps, residual=True)
+        start = tir.let(row * spec.hidden)
+        emitter = NormRow(norm, self.isa.lanes, 2, k["projected"], start)
+        emitter.store(weight, None, k["x"], start, k["x"], start)
 
     def _ahead(self, name: str, weight: Any, together: int = 1) -> None:
         """Emit prefetches of where this thread's share of a weight begins: it comes while threads wait."""
@@ -204,22 +225,33 @@ class Step:
             b, t = tir.let(T.truncdiv(row, k["tq"])), tir.let(T.truncmod(row, k["tq"]))
             source = tir.let(row * spec.qkv_columns + head * spec.head_dim)
             with tir.when(head < spec.num_heads + spec.num_kv_heads):
-                table = tir.let(b * k["rope_sb"] + t * (spec.rotary_dim // 2))
+                if spec.qk_norm:
+                    self._norm_head(
+                        tir.let(T.Select(head < spec.num_heads, at["q_norm"], at["k_norm"])), source
+                    )
+                kind = at["rope"] * k["rope_sk"]
+                table = tir.let(kind + b * k["rope_sb"] + t * (spec.rotary_dim // 2))
                 emit_rope_row(rope, lanes, k["qkv"], source, k["cos"], k["sin"], table, k["qkv"], source)
             with tir.when(head >= spec.num_heads):
                 kv_head = tir.let(T.truncmod(head - spec.num_heads, T.int64(spec.num_kv_heads)))
                 is_key = head < spec.num_heads + spec.num_kv_heads
                 append_row(self, at, b, kv_head, tir.let(k["position"] + t), is_key, source)
 
+    def _norm_head(self, weight: Any, start: Any) -> None:
+        """Emit: one head at qkv[start:] normalised in place by the weight at an address."""
+        norm, qkv = NormSpec("rms", self.spec.head_dim, self.spec.eps), self.kernel["qkv"]
+        NormRow(norm, self.isa.lanes, 2, qkv, start).store(tir.buffer_at(weight, "float32"), None, qkv, start)
+
     def _attention(self, at: dict[str, Any]) -> Problem:
         spec, k = self.spec, self.kernel
         one = lambda v: T.int64(v)  # noqa: E731
-        columns, d = spec.qkv_columns, spec.head_dim
+        columns, d, cap = spec.qkv_columns, spec.head_dim, spec.attention_softcap
+        scale = spec.attention_scale or d**-0.5
         arguments = Arguments(
             threads=k["threads"], batch=k["batch"], tq=k["tq"], tk=k["position"] + k["tq"],
             q_offset=k["position"],
-            window=one(1 << 40), chunk=k["chunk"],
-            factor=T.float32(d**-0.5 * 1.4426950408889634), cap=T.float32(0),
+            window=at["window"], chunk=k["chunk"],
+            factor=T.float32(scale / cap if cap else scale * LOG2_E), cap=T.float32(cap * LOG2_E),
             q=k["qkv"], q_sb=k["tq"] * columns, q_sh=one(d), q_st=one(columns),
             k=tir.buffer_at(at["k"], spec.kv_dtype), k_sb=k["k_sb"], k_sh=k["k_sh"], k_st=one(16),
             v=tir.buffer_at(at["v"], spec.kv_dtype), v_sb=k["v_sb"], v_sh=k["v_sh"], v_st=one(d),
@@ -235,7 +267,9 @@ class Step:
     def _embed(self) -> None:
         """Emit: rows of the table to x, each by one thread."""
         spec, k = self.spec, self.kernel
-        table = EmbeddingSpec(spec.vocab, spec.hidden, spec.embed, spec.embed_layout)
+        table = EmbeddingSpec(
+            spec.vocab, spec.hidden, spec.embed, spec.embed_layout, factor=spec.embedding_factor
+        )
         first, last = shared_range(self.m, self.thread, k["threads"])
         with tir.loop(tir.let(last - first)) as i:
             row = tir.let(first + i)

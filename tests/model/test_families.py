@@ -50,7 +50,7 @@ def test_prefill_and_steps(family: Family) -> None:
     got = decoder(ids, new_cache(decoder), 0, last_only=False)
     assert error(got, expected) < TOLERANCE
     cache = new_cache(decoder)
-    for start, end in [(0, 17), (17, 50), *((i, i + 1) for i in range(50, 61))]:
+    for start, end in [(0, 17), (17, 57), *((i, i + 1) for i in range(57, 61))]:
         got = decoder(ids[:, start:end], cache, start)
         assert error(got[:, 0], expected[:, end - 1]) < TOLERANCE, start
 
@@ -61,17 +61,17 @@ def test_left_padding(family: Family) -> None:
     """Ragged rows against transformers run row by row, and its own decoding of them."""
     model = hugging_face(family)
     decoder = build(model)
-    lengths = [48, 43, 12, 1]
+    lengths = [48, 12, 1]
     if family.name == "phi3-longrope":
-        lengths = [48, 43, 44, 46]  # transformers takes the short factors for short rows
-    rows = [tokens(n + 3, seed=n) for n in lengths]
+        lengths = [48, 43, 46]  # transformers takes the short factors for short rows
+    rows = [tokens(n + 2, seed=n) for n in lengths]
     longest = max(lengths)
     padded = torch.zeros(len(rows), longest, dtype=torch.int64)
     for b, n in enumerate(lengths):
         padded[b, longest - n :] = rows[b][:n]
     valid, cache = torch.tensor(lengths, dtype=torch.int32), new_cache(decoder, len(rows))
     got = [decoder(padded, cache, 0, lengths=valid)]
-    for step in range(3):
+    for step in range(2):
         token = torch.stack([row[n + step] for row, n in zip(rows, lengths)])[:, None]
         got.append(decoder(token, cache, longest + step, lengths=valid + step + 1))
     for b, n in enumerate(lengths):
@@ -80,9 +80,9 @@ def test_left_padding(family: Family) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_the_reference_of_eval(family: Family) -> None:
-    model = hugging_face(family)
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3-yarn", "gemma2", "gemma3"])
+def test_the_reference_of_eval(name: str) -> None:
+    model = hugging_face(next(f for f in FAMILIES if f.name == name))
     decoder = build(model)
     ids = tokens(45)
     logits = reference_hidden(decoder, [ids])[0] @ decoder.head.weight.unpack().dequantize().T

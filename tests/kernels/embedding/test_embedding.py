@@ -61,6 +61,18 @@ def test_formats(isa: str, fmt: WeightFormat) -> None:
             assert_close(got, want)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[-1]], ids=WeightFormat.key)
+def test_rows_times_a_factor(isa: str, fmt: WeightFormat) -> None:
+    weight = table(fmt, 33, 141, isa)
+    spec, ids = EmbeddingSpec.of(weight, factor=11.875**0.5), torch.arange(33)
+    got = bound(spec, isa)(ids, weight)
+    assert_close(got, embedding(spec, ids, weight))
+    assert_close(got, embedding(EmbeddingSpec.of(weight), ids, weight) * 11.875**0.5)
+    with pytest.raises(UnsupportedError, match="positive"):
+        EmbeddingSpec.of(weight, factor=0.0)
+
+
 @pytest.mark.parametrize("fmt", FORMATS[:5], ids=WeightFormat.key)
 def test_both_layouts_of_codes_on_one_machine(fmt: WeightFormat) -> None:
     canonical = CanonicalWeight.from_float(torch.randn(40, 96), fmt)

@@ -62,6 +62,22 @@ def test_float_output(isa: str, kind: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("dim", "dtype"), [(1, "float32"), (77, "bfloat16"), (605, "float32")])
+def test_residual(isa: str, dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = NormSpec("rms", dim, 1e-6, dtype=dtype, weight_dtype="float32", residual=True)
+    call, empty = bound(spec, isa), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype: empty(*shape, dtype=dtype).fill_(torch.nan))
+    for rows in (*ROWS, 600):
+        x, weight, _ = problem(spec, rows)
+        residual = torch.randn(dim, rows).T.to(x.dtype)  # not contiguous
+        assert_close(call(x, weight, None, residual), norm(spec, x, weight, None, residual), spec)
+    with pytest.raises(EdgeFormerError, match="residual"):
+        call(x, weight)
+    with pytest.raises(UnsupportedError, match="no residual"):
+        NormSpec("rms", dim, 1e-6, residual=True, group_size=32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype"), [*zip(DTYPES, DTYPES, strict=True), ("bfloat16", "float32")]
 )

@@ -126,7 +126,7 @@ def assert_rows_close(got: torch.Tensor, want: torch.Tensor) -> None:
 def compare(
     isa: str, spec: QuantMatmulSpec, weight: CanonicalWeight, rows: tuple[int, ...], guarded: Guarded
 ) -> None:
-    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa), pair=spec.pair)
     for m in rows:
         x, bias, residual = inputs(spec, m)
         guarded.prepare()

@@ -38,19 +38,21 @@ from .conftest import (
     random_weight,
 )
 
-EPILOGUES = [  # epilogue, bias, residual
+EPILOGUES: list[tuple[Any, ...]] = [  # epilogue, bias, residual, softcap
     ("none", False, False),
     ("none", True, False),
     ("none", False, True),
     ("silu_pair", False, False),
     ("silu_pair", True, True),
+    ("gelu_pair", True, False),
+    ("none", True, True, 2.0),
 ]
 DTYPES = ["float32", "bfloat16", "float16"]
 ACTIVATIONS = ["int8", "int8", "float"]
 ROWS = (1, 2, 3, 5, 17, 130)
 
 
-def make_spec(fmt: str, activation: str, dtype: str, epilogue: tuple[str, bool, bool]) -> QuantMatmulSpec:
+def make_spec(fmt: str, activation: str, dtype: str, epilogue: tuple[Any, ...]) -> QuantMatmulSpec:
     weight, n, k = FORMATS[fmt]
     return QuantMatmulSpec(n, k, weight, activation, dtype, *epilogue)
 
@@ -60,7 +62,7 @@ def covering() -> Iterator[Any]:
     compositions = [(isa, ACTIVATIONS) for isa in HERE] + [(isa, ["bfloat16"]) for isa in UNITS]
     for (a, (isa, acts)), (b, fmt) in itertools.product(enumerate(compositions), enumerate(FORMATS)):
         act = acts[(a + b) % len(acts)]
-        spec = make_spec(fmt, act, DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % 5])
+        spec = make_spec(fmt, act, DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % len(EPILOGUES)])
         again = act == "bfloat16" and isa != UNITS[0] and b % 2 == 0
         name = f"{isa}-{spec.key().replace(' ', '-')}"
         yield pytest.param(isa, spec, marks=[pytest.mark.slow] * again, id=name)
@@ -82,7 +84,7 @@ def test_against_the_reference(isa: str, spec: QuantMatmulSpec, guarded: Guarded
     if not spec.weight.is_float:
         compare(isa, spec, extreme_weight(spec), (1, 3, 18), guarded)
     x, bias, residual = inputs(spec, 0)
-    packed = pack(random_weight(spec), detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    packed = pack(random_weight(spec), detect().with_isa(isa), pair=spec.pair)
     assert bound(isa, spec)(x, packed, bias, residual).shape == (0, spec.n_out)
 
 

@@ -105,7 +105,7 @@ def test_scratch_is_as_large_as_what_is_used(
         return held[0].data_ptr() + start
 
     weight = random_weight(spec)
-    packed = pack(weight, detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    packed = pack(weight, detect().with_isa(isa), pair=spec.pair)
     call = bound(isa, spec)
     monkeypatch.setattr(bind_module, "scratch", exactly)
     for m in (3, 530 if spec in DEEP else 40):
@@ -118,7 +118,7 @@ def test_scratch_is_as_large_as_what_is_used(
 @every_spec
 def test_nothing_past_the_end_is_read(isa: str, spec: QuantMatmulSpec, guarded_memory: GuardedMemory) -> None:
     weight = random_weight(spec)
-    packed = pack(weight, detect().with_isa(isa), pair=spec.epilogue == "silu_pair")
+    packed = pack(weight, detect().with_isa(isa), pair=spec.pair)
     last = PackedWeight(guarded_memory.copy(packed.buffer), spec.weight, spec.n, spec.k, packed.layout)
     for m in (5, 17, 33):
         arguments = inputs(spec, m)

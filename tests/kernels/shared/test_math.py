@@ -1,4 +1,4 @@
-"""Shared vector arithmetic: exp and silu at all lane counts, at the edges of fp32, and deeply nested."""
+"""Shared vector arithmetic: exp, gates and tanh at all lane counts, at fp32's edges, deeply nested."""
 
 from __future__ import annotations
 
@@ -59,6 +59,25 @@ def test_silu_and_sigmoid(lanes: int, tmp_path) -> None:
         assert (
             (got.double() - want(x.double())) / want(x.double()).abs().clamp_min(1e-30)
         ).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_gelu_and_tanh(lanes: int, tmp_path) -> None:
+    from edgeformer.kernels.shared import math
+
+    x = torch.linspace(-30, 30, 1 << 16)
+    edges = torch.tensor([0.0, -0.0, 1e-30, 1e20, -1e20, torch.inf, torch.nan, 1e-3])
+    (tmp_path / "gelu").mkdir()
+    gelu = compiled(math.gelu, lanes, HOST, tmp_path / "gelu")
+    want = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert ((gelu(x).double() - want).abs() <= 2e-6 * want.abs() + 1e-30).all()
+    got = gelu(edges.repeat(4))[:8]
+    assert got[[0, 1, 4]].abs().max() == 0 and got[3] == 1e20 and got[5].isinf() and got[6].isnan()
+    (tmp_path / "tanh").mkdir()
+    tanh = compiled(math.tanh, lanes, HOST, tmp_path / "tanh")
+    assert ((tanh(x).double() - x.double().tanh()).abs() <= 1e-6 * x.double().tanh().abs()).all()
+    got = tanh(edges.repeat(4))[:8]
+    assert got[:2].eq(0).all() and got[3:6].tolist() == [1.0, -1.0, 1.0] and got[6].isnan()
 
 
 def test_nesting_compiles_in_seconds() -> None:
