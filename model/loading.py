@@ -71,7 +71,7 @@ def load(
     whole_step: bool = True,
     trust: bool = False,
 ) -> LanguageModel:
-    """Load a GGUF file of the Llama family, or a folder that `edgeformer compile` wrote, for this host.
+    """Load a GGUF file of a family in docs/models.md, or a folder of `edgeformer compile`, for this host.
 
     Args:
         path: the file or folder.
