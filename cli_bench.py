@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,9 +94,12 @@ def print_profile(model: Path, settings: Any, out: Path) -> None:
     typer.echo(profile.table(found))
 
 
+_STARTED = time.monotonic()
+
+
 def progress(text: str) -> None:
-    """Tell on stderr what is going on."""
-    typer.echo(text, err=True)
+    """Tell on stderr what is going on, and when."""
+    typer.echo(f"{time.monotonic() - _STARTED:6.1f} s  {text}", err=True)
 
 
 def names(text: str) -> tuple[str, ...]:

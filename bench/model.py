@@ -25,6 +25,7 @@ from .work import Test
 
 HIGHEST_FRACTION = 1.02
 PAUSE = 0.05  # seconds between engines: idle threads of one go to sleep before the other starts
+REST = 0.3  # seconds before a probe, which must see the machine and not an engine's spinning threads
 FIRST_TOKENS, COLD_STARTS = 3, 2  # repeats of the time to the first token, at most
 
 
@@ -105,6 +106,7 @@ class ModelRun:
             self._unit(f"scenario:{scenario}", lambda scenario=scenario: self._scenario(scenario))
         if self.options.quality_tokens:
             self._unit("quality", self._quality)
+        time.sleep(REST)
         warnings = self.check.after()
         self._keep(f"check:{self.session}", self.check.row())
         for text in warnings:
@@ -142,7 +144,7 @@ class ModelRun:
                 else:
                     found[name]["seconds"].append(timing.seconds)
                     found[name]["joules"].append(timing.joules)
-        time.sleep(PAUSE)
+        time.sleep(REST)
         self.check.again()
         self._measure_limits()
         return {"engines": found, "limits": asdict(self.limits), "session": self.session}  # pyright: ignore[reportArgumentType]
@@ -210,6 +212,7 @@ class ModelRun:
                     found[name] |= _failed(answered)
                 elif i:
                     found[name]["queries"].append(answered)
+        time.sleep(REST)
         self.check.again()
         return found
 

@@ -133,6 +133,7 @@ def pretend(
     monkeypatch.setattr(bench_model, "measure_limits", limits)
     monkeypatch.setattr(bench_model, "fixed_probe", probe)
     monkeypatch.setattr(bench_model, "PAUSE", 0.0)
+    monkeypatch.setattr(bench_model, "REST", 0.0)
     monkeypatch.setitem(registry.PEERS, "openvino", ("openvino", "OpenVinoEngine"))
     monkeypatch.setattr("edgeformer.bench.check.IDLE_WINDOW", 0.0)
     monkeypatch.setattr("edgeformer.bench.check.BUSY_CORES", 1e9)
