@@ -43,21 +43,19 @@ class Load:
 
 def read_load(processes: Iterable[int] = ()) -> Load:
     """Return the counters now; `processes` are ours beside this one."""
-    import os
-
     import psutil
 
     times = psutil.cpu_times()
     busy = sum(getattr(times, n, 0.0) for n in ("user", "nice", "system", "irq", "softirq"))
     if hasattr(times, "guest"):
         busy -= times.guest + getattr(times, "guest_nice", 0.0)  # counted in user already
-    own = 0.0
-    for pid in (os.getpid(), *processes):
+    spent = psutil.Process().cpu_times()
+    own = spent.user + spent.system
+    own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)  # those that ended
+    for pid in processes:
         with contextlib.suppress(psutil.Error):
             spent = psutil.Process(pid).cpu_times()
             own += spent.user + spent.system
-            if pid != os.getpid():
-                own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)
     return Load(time.monotonic(), busy, getattr(times, "steal", 0.0), own)
 
 
