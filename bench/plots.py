@@ -158,7 +158,7 @@ def bars(
     middle = (len(found) - 1) / 2
     axes.set_yticks([i * (len(found) + 0.6) + middle for i in range(len(shown))], shown)
     axes.invert_yaxis()
-    axes.set_xlim(0, largest * 1.22)
+    axes.set_xlim(0, max(v[0] + v[1] for _, values in found for v in values.values()) * 1.2)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", linewidth=0.6)
     handles, labels = axes.get_legend_handles_labels()

@@ -48,9 +48,25 @@ def _device(results: Sequence[Results]) -> str:
     body = [line for result in results for line in _lines(result, peers)]
     kind = " (virtual machine)" if row.get("virtual_machine") else ""
     facts = f"{result_name(device)}{kind}, {row['threads']} threads, tokens/s, medians with half the range."
+    judged = _quality(results)
     warnings = sorted({t for r in results for row in r.rows for t in row["device_check"]["warnings"]})
     told = f"The device check said: {'; '.join(warnings)}." if warnings else ""
-    return "\n\n".join(part for part in (facts, markdown_table(head, body, left=2), told) if part)
+    return "\n\n".join(part for part in (facts, markdown_table(head, body, left=2), judged, told) if part)
+
+
+def _quality(results: Sequence[Results]) -> str:
+    """Return each engine's distance to fp32, since a speed without it says little."""
+    found: dict[str, str] = {}
+    for row in (r for result in results for r in result.rows):
+        judged = row.get("quality") or {}
+        if judged.get("status") == "measured":
+            text = f"{row['engine']} {judged['mean_kl']:.2g} ({judged['top1_agreement']:.1%})"
+            found.setdefault(row["engine"], text)
+    return (
+        f"Mean KL to fp32 (how often the likeliest token agrees): {', '.join(found.values())}."
+        if found
+        else ""
+    )
 
 
 def result_name(device: dict[str, Any]) -> str:
