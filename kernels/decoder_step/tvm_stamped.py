@@ -106,10 +106,6 @@ class StampedChunk(_Stamped, Chunk):
         self.phase = self.phase.removeprefix("round for ")
         super()._claimed(context)
 
-    def _many_product(self, name: str, weight: Any, source: Any) -> None:
-        self._rounding = source is not None
-        super()._many_product(name, weight, source)
-
     def _own_rows(self, context: Any) -> Any:
         if not self.phase.startswith("norm for "):
             self.phase = f"round for {self.phase}"
