@@ -50,10 +50,16 @@ _LLVM_NAME = {
 # The features that choose an instruction-set entry; the first whose features are all there wins.
 _AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})
 _AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"})
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_DOTPROD = frozenset({"asimd", "asimddp"})
 ISA_FEATURES = (
     ("amx", _AVX512_VNNI | _AMX),
     ("avx512_vnni", _AVX512_VNNI),
-    ("avx2", frozenset({"avx2", "fma", "f16c"})),
+    ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"}) | _AVX2),
+    ("avx_vnni", _AVX2 | {"avx_vnni"}),
+    ("avx2", _AVX2),
+    ("dotprod", _DOTPROD),
+    ("neon", frozenset({"asimd"})),
     ("portable", frozenset()),
 )
 

@@ -63,7 +63,7 @@ def compile_model(
     _require_replaceable(output)
     resolved = Target.parse(target)
     if tvm_llvm.linker(resolved) is None:
-        raise BuildError(f"no linker for {resolved.arch}: install gcc or clang, or `pip install ziglang`")
+        raise BuildError(tvm_llvm.no_linker(resolved))
     checkpoint = QuantisedCheckpoint(open_checkpoint(source), quantize)
     recording = RecordingCheckpoint(checkpoint)
     here = not resolved.missing_on(detect())

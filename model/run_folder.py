@@ -52,7 +52,7 @@ def load_folder(
     compiled = folder_target(folder)
     _require_options(folder, compiled, target, kv, activation)
     require_this_build(folder)
-    compiled.require_runnable()
+    launch.require_runnable(compiled)
     plan = plan_of(folder, context=context)
     require_memory(plan)
     config = config_from_json(data["config"], folder.path)
@@ -160,7 +160,8 @@ def _context(folder: manifest.CompiledFolder) -> int:
 
 
 def _use_kernels(folder: manifest.CompiledFolder, target: Target) -> None:
-    use_launcher(folder.file("kernels/launcher.so"))
+    if not launch.emulated():
+        use_launcher(folder.file("kernels/launcher.so"))
     launch.use_travelled(
         {(k.operator, k.form, k.spec): (k.configuration, folder.file(k.file)) for k in folder.kernels}, target
     )

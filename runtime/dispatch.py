@@ -70,7 +70,7 @@ def use_target(target: Target | None) -> None:
     """Set the target of ops that are bound from now on; None is this host."""
     global _target, _generation
     if target is not None:
-        target.require_runnable()
+        launch.require_runnable(target)
     if target != _target:
         _generation += 1
     _target = target

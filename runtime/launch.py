@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compiler import emulator
 from ..compiler.artifacts import ArtifactKey, ArtifactStore
 from ..compiler.backends import tvm_llvm
-from ..compiler.errors import BuildError
+from ..compiler.errors import BuildError, TargetError
 from ..compiler.operator import Form, Operator
 from ..compiler.target import Target
 from . import threads
@@ -30,6 +31,7 @@ def store() -> ArtifactStore:
 
 
 _libraries: dict[str, Any] = {}
+_emulated = False
 _building = threading.Lock()  # TVM's builder is not made for two Python threads
 statistics = {"built": 0, "loaded": 0}
 
@@ -105,7 +107,7 @@ def build_only(name: str, form: Form, spec: Any, target: Target) -> Used:
     with _building:
         folder = _stored(key, form, spec, configuration, target)
     if not isinstance(folder, Path):
-        raise BuildError(f"no linker for {target.arch}: install gcc or clang, or `pip install ziglang`")
+        raise BuildError(tvm_llvm.no_linker(target))
     return Used(name, form.name, spec.key(), text, folder / tvm_llvm.LIBRARY_NAME)
 
 
@@ -114,11 +116,10 @@ def _load_travelled(name: str, form: Form, spec: Any, configuration: str, target
     if found is None or found[0] != configuration:
         return None
     path = str(found[1])
+    if _emulated:
+        path += f" emulated {threads.team_size()}"
     if path not in _libraries:
-        statistics["loaded"] += 1
-        library = tvm_llvm.load(found[1])
-        threads.attach(library)
-        _libraries[path] = library
+        _libraries[path] = _open(found[1], target)
     return _libraries[path]
 
 
@@ -127,8 +128,10 @@ def _library(
 ) -> Any:
     key = _key(name, form, spec, text, target)
     digest = key.digest()
+    if _emulated:
+        digest += f" emulated {threads.team_size()}"
     if digest not in _libraries:
-        target.require_runnable()
+        require_runnable(target)
         with _building:
             if digest not in _libraries:
                 _libraries[digest] = _load_or_build(key, form, spec, configuration, target)
@@ -162,14 +165,46 @@ def _stored(key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str,
     return store().put(key, lambda path: tvm_llvm.build(functions, target, path))[0]
 
 
+def require_runnable(target: Target) -> None:
+    """Raise TargetError when neither this host nor, inside of `emulation`, qemu runs code for `target`."""
+    if not _emulated:
+        target.require_runnable()
+    elif reason := emulator.missing(target.arch):
+        raise TargetError(reason)
+
+
+def emulated() -> bool:
+    """Whether libraries are loaded into qemu."""
+    return _emulated
+
+
+@contextmanager
+def emulation() -> Iterator[None]:
+    """Load libraries of another architecture into qemu inside of this block: for checks, never for timing."""
+    global _emulated
+    if reason := emulator.missing():
+        raise TargetError(reason)
+    _emulated = True
+    try:
+        yield
+    finally:
+        _emulated = False
+
+
 def _load_or_build(
     key: ArtifactKey, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
 ) -> Any:
     folder = _stored(key, form, spec, configuration, target)
     if not isinstance(folder, Path):
         return folder
+    return _open(folder / tvm_llvm.LIBRARY_NAME, target)
+
+
+def _open(path: Path, target: Target) -> Any:
     statistics["loaded"] += 1
-    library = tvm_llvm.load(folder / tvm_llvm.LIBRARY_NAME)
+    if _emulated:
+        return emulator.EmulatedLibrary(path, emulator.cpu_for(target), threads.team_size())
+    library = tvm_llvm.load(path)
     threads.attach(library)
     return library
 

@@ -82,7 +82,7 @@ def launcher_file(target: Target) -> Path:
     def build(folder: Path) -> None:
         command = tvm_llvm.linker(target)
         if command is None:
-            raise BuildError("no C compiler: install gcc or clang, or `pip install ziglang`")
+            raise BuildError(tvm_llvm.no_linker(target))
         path = folder / "launcher.c"
         path.write_text(source)
         tvm_llvm.run_tool(

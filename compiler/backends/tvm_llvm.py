@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.metadata
 import os
@@ -15,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuildError
-from ..target import Target
+from ..errors import BuildError, TargetError
+from ..target import ISA_FEATURES, Target
 
 LIBRARY_NAME = "kernels.so"
 _BROKEN_FFI = "0.1.15"
+# LLVM's names of Arm's features by Linux's, where kernels gain by them.
+_ARM_FEATURES = {
+    "asimddp": "dotprod", "asimdhp": "fullfp16", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve", "sve2": "sve2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,39 @@ def compile_module(functions: list[Any], target: Target) -> Any:
     """Compile PrimFuncs for `target` and return TVM's executable. Raises BuildError with TVM's text."""
     if problem := available():
         raise BuildError(problem)
+    if lacking := sorted(_needed(target.isa) - target.features):
+        raise BuildError(f"{target.name} lacks {', '.join(lacking)}, which the {target.isa} kernels need")
     os.environ["TVM_BIND_THREADS"] = "0"  # TVM pins the calling thread by default
     import tvm
 
+    _require_known_cpu(_llvm_target(target))
     module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})
     try:
         return tvm.compile(module, tvm.target.Target(_llvm_target(target)), tir_pipeline=_pipeline())
     except Exception as error:
         raise BuildError(f"TVM could not compile for {target.name}: {str(error).strip()[-600:]}") from error
+
+
+def _needed(isa: str) -> frozenset[str]:
+    """Return the features of an instruction-set entry: without them LLVM ends the process."""
+    return next((needed for name, needed in ISA_FEATURES if name == isa), frozenset())
+
+
+def _require_known_cpu(options: dict[str, Any]) -> None:
+    """Raise TargetError for a CPU that LLVM does not know: it would compile for a generic one in silence."""
+    known = _known_cpus(options["mtriple"])
+    if options["mcpu"] not in known:
+        close = difflib.get_close_matches(options["mcpu"], known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise TargetError(f"LLVM knows no {options['mtriple'].split('-')[0]} CPU {options['mcpu']!r}.{hint}")
+
+
+@functools.cache
+def _known_cpus(triple: str) -> tuple[str, ...]:
+    import tvm
+
+    target = tvm.target.Target({"kind": "llvm", "mtriple": triple})
+    return tuple(str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(target))
 
 
 @functools.cache
@@ -120,7 +150,9 @@ def _llvm_target(target: Target) -> dict[str, Any]:
     # An ISA entry below the CPU's own must not meet instructions above it.
     if target.arch == "x86_64" and target.isa == "portable":
         options["mcpu"] = "x86-64-v2" if {"sse4_2", "popcnt"} <= target.features else "x86-64"
-    if target.isa in ("amx", "avx512_vnni"):
+    if target.arch == "aarch64":  # what the CPU's name does not say ("generic": nothing but NEON)
+        options["mattr"] = [f"+{_ARM_FEATURES[f]}" for f in sorted(target.features & _ARM_FEATURES.keys())]
+    if target.isa in ("amx", "avx512_vnni", "avx512"):
         options["mattr"] = ["-prefer-256-bit"]  # LLVM would split 512-bit stores on Intel's CPUs
     return options
 
@@ -130,7 +162,7 @@ def build(functions: list[Any], target: Target, folder: Path) -> None:
     executable = compile_module(functions, target)
     command = linker(target)
     if command is None:
-        raise BuildError("no linker: install gcc or clang, or `pip install ziglang`")
+        raise BuildError(no_linker(target))
     object_file = folder / "kernels.o"
     object_file.write_bytes(_object_code(executable))
     run_tool([*command, "-shared", "-o", str(folder / LIBRARY_NAME), str(object_file), "-lm"])
@@ -167,10 +199,22 @@ def run_tool(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command[:3])} failed: {result.stderr.strip()[-600:]}")
 
 
+def no_linker(target: Target) -> str:
+    """Say what to install so that code for `target` can be linked here."""
+    if target.arch == _host_arch():
+        return "no linker: install gcc or clang, or `pip install ziglang`"
+    package = f"gcc-{target.arch.replace('_', '-')}-linux-gnu"
+    return f"no linker for {target.arch}: `pip install ziglang`, or {package} of Debian and Ubuntu"
+
+
+def _host_arch() -> str:
+    machine = os.uname().machine
+    return {"arm64": "aarch64"}.get(machine, machine)
+
+
 def linker(target: Target) -> list[str] | None:
     """Return the command that links for `target`: the system's compiler, else ziglang's, else None."""
-    host = "aarch64" if os.uname().machine in ("aarch64", "arm64") else os.uname().machine
-    if target.arch == host:
+    if target.arch == _host_arch():
         for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
             if name and shutil.which(name):
                 return [name]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..shared.isa.table import TABLE
 from .spec import AttentionSpec
-
-# Query rows of a register tile that is two vectors wide, by instruction set.
-ROW_STEP = {"amx": 12, "avx512_vnni": 12, "avx2": 6, "portable": 4, "portable16": 12}
 
 
 def decode_offsets(spec: AttentionSpec, max_chunk: int) -> list[int]:
@@ -58,7 +56,7 @@ def prefill_area(spec: AttentionSpec, isa: str, block_q: int, block_k: int) -> i
     block_k = whole_block_k(block_k)
     if spec.math == "bfloat16":
         return matrix_offsets(spec, block_q, block_k)[-1]
-    return prefill_offsets(spec, ROW_STEP[isa], block_q, block_k)[-1]
+    return prefill_offsets(spec, TABLE[isa].gemm_rows, block_q, block_k)[-1]
 
 
 def score_stride(block_k: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from ..shared import tir
 from ..shared.claim import claimed
 from ..shared.tir import T
-from .areas import ROW_STEP, prefill_offsets, whole_block_k
+from .areas import prefill_offsets, whole_block_k
 from .spec import KEY_BLOCK
 from .tvm_math import LOG2_E, Registers, exp2, minus_infinity, transpose
 from .tvm_problem import Problem, is_zero, quotient, remainder, safe_maximum, span, widen
@@ -23,7 +23,7 @@ class Prefill:
     def __init__(self, problem: Problem, block_q: int, block_k: int, counter: Any = None) -> None:
         self.claims = counter
         self.p, self.spec, self.a, self.lanes = problem, problem.spec, problem.args, problem.lanes
-        self.step = ROW_STEP[problem.isa.name]
+        self.step = problem.isa.gemm_rows
         self.panel = _VECTORS * self.lanes
         self.block_k = whole_block_k(block_k)
         self.queries = max(1, block_q // self.spec.group)

@@ -8,7 +8,7 @@ from ...compiler.operator import Declined, Form
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
 from ..quant_matmul.space import prefetches
-from ..shared.isa.table import MATRIX
+from ..shared.isa.table import MATRIX, TABLE
 from .spec import LAYER_CACHES, LAYER_NUMBERS, LAYER_SLOTS, LAYER_VECTORS, LAYER_WEIGHTS, DecoderStepSpec
 
 __all__ = [
@@ -33,8 +33,7 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
 
 
 def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
-    large = {"portable": 4, "avx2": 4}.get(target.isa, 12)
-    small = {"amx": 4, "avx512_vnni": 4, "avx2": 4, "portable16": 4}.get(target.isa, 2)
+    small, large = TABLE[target.isa].tiles[0]
     kv = attention_space(spec.attention(), target)[0]
     shared = {"small_rows": small, "chunk": kv["chunk"], "kv_prefetch": kv["prefetch"]}
     shared |= {"large_rows": large, "block_q": kv["block_q"], "block_k": kv["block_k"]}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from ..shared.isa.table import TABLE
+
 LINE_BYTES = 64 * 8  # bytes that one step of the read loop takes
-TILE_ROWS = {"amx": 12, "avx512_vnni": 12, "avx2": 6, "portable": 4, "portable16": 12}
 TILE_VECTORS = 2
 L1_STEPS = 16  # the operands of so many steps lie in L1
 
 
 def dot_operations(isa_name: str, rounds: int) -> int:
     """Return the operations (multiplications and additions) of one thread's `rounds`."""
-    lanes = {"amx": 16, "avx512_vnni": 16, "avx2": 8, "portable": 4, "portable16": 16}[isa_name]
-    return rounds * L1_STEPS * TILE_ROWS[isa_name] * TILE_VECTORS * lanes * 4 * 2
+    isa = TABLE[isa_name]
+    return rounds * L1_STEPS * isa.gemm_rows * TILE_VECTORS * isa.lanes * 4 * 2
 
 
 MATRIX_STEPS = 8  # four tiles of 1 KiB each: the operands lie in L1

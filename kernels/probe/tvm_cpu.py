@@ -12,7 +12,6 @@ from .operations import (
     L1_STEPS,
     LINE_BYTES,
     MATRIX_STEPS,
-    TILE_ROWS,
     TILE_STATE_BYTES,
     TILE_VECTORS,
 )
@@ -51,8 +50,8 @@ def _read(isa: Isa) -> Any:
 def _dot(isa: Isa) -> Any:
     """`rounds` times L1_STEPS steps of a tile of dot4, on every thread; `data` holds the operands."""
     k = tir.Kernel("dot", [("threads", "int64"), ("rounds", "int64"), ("data", "int64"), ("out", "*int32")])
-    lanes, rows = isa.lanes, TILE_ROWS[isa.name]
-    kind, width = ("int16", 2 * lanes) if isa.accumulator == "int16" else ("int32", lanes)
+    lanes, rows = isa.lanes, isa.gemm_rows
+    kind, width = ("int16", isa.accumulator_lanes) if isa.accumulator == "int16" else ("int32", lanes)
     codes, words = tir.buffer_at(k["data"], "uint8"), tir.buffer_at(k["data"], "int32")
     with tir.parallel(k["threads"]) as thread:
         acc = [[tir.Register(kind, width) for _ in range(TILE_VECTORS)] for _ in range(rows)]
@@ -103,7 +102,7 @@ def _multiply_add(isa: Isa) -> Any:
     k = tir.Kernel(
         "multiply_add", [("threads", "int64"), ("rounds", "int64"), ("data", "*float32"), ("out", "*float32")]
     )
-    lanes, rows = isa.lanes, TILE_ROWS[isa.name]
+    lanes, rows = isa.lanes, isa.gemm_rows
     with tir.parallel(k["threads"]) as thread:
         acc = [[tir.Register("float32", lanes) for _ in range(TILE_VECTORS)] for _ in range(rows)]
         for row in acc:

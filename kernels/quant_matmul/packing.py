@@ -21,7 +21,7 @@ import torch
 
 from ...compiler.errors import UnsupportedError
 from ...compiler.target import Target, detect
-from ..shared.isa.table import INT8_CODES
+from ..shared.isa.table import TABLE
 from ..shared.memory import Arena, aligned_empty
 from .weight_format import CanonicalWeight, WeightFormat
 
@@ -166,7 +166,7 @@ def _repack(weight: CanonicalWeight, pair: bool) -> PackedWeight:
 
 def layout_for(fmt: WeightFormat, target: Target, pair: bool = False) -> str:
     """Return the layout id that `target`'s kernels read."""
-    codes = INT8_CODES[target.isa] if fmt.bits == 8 else "unsigned"
+    codes = TABLE[target.isa].int8_codes if fmt.bits == 8 else "unsigned"
     return f"n32.{codes}" + (".pair" if pair else "")
 
 

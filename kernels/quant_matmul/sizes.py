@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..shared.isa.table import INT8_CODES
+from ..shared.isa.table import TABLE
 from .packing import BLOCK
 from .spec import QuantMatmulSpec
 
@@ -51,7 +51,7 @@ def is_integer(spec: QuantMatmulSpec) -> bool:
 
 def uses_pairs(spec: QuantMatmulSpec, isa: str) -> bool:
     """Whether the panel of large M, and its activations, are int16 pairs."""
-    return is_integer(spec) and spec.weight.bits == 8 and INT8_CODES[isa] == "signed"
+    return is_integer(spec) and spec.weight.bits == 8 and TABLE[isa].pairs
 
 
 def padded_k(spec: QuantMatmulSpec) -> int:

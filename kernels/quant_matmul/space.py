@@ -6,17 +6,10 @@ import itertools
 from typing import Any
 
 from ...compiler.target import Target
+from ..shared.isa.table import TABLE
 from .spec import QuantMatmulSpec
 from .weight_format import WeightFormat
 
-# (small rows, large rows) that fit the register file, the default first.
-_TILES = {
-    "amx": [(4, 12), (4, 8), (8, 12)],
-    "avx512_vnni": [(4, 12), (4, 8), (8, 12)],
-    "avx2": [(4, 4), (4, 6), (2, 4), (2, 6)],
-    "portable": [(2, 4), (1, 2)],
-    "portable16": [(4, 12)],
-}
 # Bytes ahead, and how near the core (3: L1, 1: L2), the default first. On Zen 5 L1 is best; on Emerald Rapids
 # L1 has too few outstanding lines: into L2, 135M decodes 1.45x as fast, 1B 1.08x.
 _PREFETCH = [(4096, 3), (0, 3), (1024, 3), (2048, 3), (8192, 3), (16384, 3), (8192, 1), (16384, 1)]
@@ -39,7 +32,7 @@ def fastest_activation(rows: int, weight: WeightFormat, target: Target) -> str:
 
 def space(spec: QuantMatmulSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration, the default first."""
-    tiles = _TILES[target.isa]
+    tiles = TABLE[target.isa].tiles
     return [
         {"small_rows": small, "large_rows": large, **prefetch, "gemm_from": switch}
         for (small, large), prefetch, switch in itertools.product(tiles, prefetches(target), _GEMM_FROM)

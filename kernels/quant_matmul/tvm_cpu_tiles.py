@@ -91,7 +91,7 @@ def int_tile(
     tile.clear()
     with stream.each_group(prefetch, [first_vector + v for v in range(vectors)]) as group:
         entries = tir.let(act.row0 * g.groups + group * rows)  # scales lie as [row tiles][groups][rows]
-        acc_type, width = ("int16", 2 * lanes) if narrow else ("int32", lanes)
+        acc_type, width = ("int16", isa.accumulator_lanes) if narrow else ("int32", lanes)
         acc = [[tir.Register(acc_type, width) for _ in range(vectors)] for _ in range(rows)]
         wide = (
             [[tir.Register("int32", lanes) for _ in range(vectors)] for _ in range(rows)]

@@ -7,15 +7,15 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..quant_matmul.space import prefetches
+from ..shared.isa.table import TABLE
 from .spec import SparseMlpSpec
 
-_ROWS = {"avx2": (4, 2), "portable": (2, 1)}
 _DENSE_FROM = (90, 80, 100)  # percent of the blocks, the default first
 
 
 def space(spec: SparseMlpSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration, the default first."""
-    rows = _ROWS.get(target.isa, (4, 8))
+    rows = dict.fromkeys(small for small, _ in TABLE[target.isa].tiles)
     return [
         {"small_rows": small, **prefetch, "dense_from": dense}
         for small, prefetch, dense in itertools.product(rows, prefetches(target), _DENSE_FROM)

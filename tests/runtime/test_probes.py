@@ -13,7 +13,6 @@ from edgeformer.kernels.probe.operations import (
     L1_STEPS,
     LINE_BYTES,
     MATRIX_STEPS,
-    TILE_ROWS,
     TILE_STATE_BYTES,
     TILE_VECTORS,
     matrix_operations,
@@ -46,7 +45,7 @@ def test_read_visits_every_byte_once(threads: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_dot_and_multiply_add_do_the_operations_that_are_counted(isa: str) -> None:
-    tile, lanes = TILE_ROWS[isa] * TILE_VECTORS * L1_STEPS, by_name(isa).lanes
+    tile, lanes = by_name(isa).gemm_rows * TILE_VECTORS * L1_STEPS, by_name(isa).lanes
     codes = torch.ones(1 << 14, dtype=torch.uint8)
     out = torch.zeros(16, dtype=torch.int32)
     library(isa).function("dot")(1, 3, codes.data_ptr(), out.data_ptr())
