@@ -15,7 +15,8 @@ def scratch(nbytes: int) -> int:
     """Return the 64-byte aligned address of at least `nbytes` bytes; contents are arbitrary."""
     held: torch.Tensor | None = getattr(_local, "buffer", None)
     if held is None or held.numel() < nbytes + 64:
-        held = torch.empty(max(nbytes + 64, 1 << 20), dtype=torch.uint8)
+        with torch.inference_mode(False):  # it outlives the caller's mode
+            held = torch.empty(max(nbytes + 64, 1 << 20), dtype=torch.uint8)
         _local.buffer = held
     address = held.data_ptr()
     return address + (-address % 64)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edgeformer.kernels.shared import memory
+from edgeformer.kernels.shared import scratch as scratch_module
 from edgeformer.kernels.shared.scratch import scratch, scratch_bytes
 
 
@@ -52,3 +53,13 @@ def test_aligned_empty(alignment: int) -> None:
 def test_without_large_pages_memory_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_madvise", lambda: None)
     assert memory.large_page_empty(3 << 20).fill_(7).sum(dtype=torch.int64) == 7 * (3 << 20)
+
+
+def test_scratch_taken_in_inference_mode_is_ordinary_memory() -> None:
+    def take() -> bool:
+        with torch.inference_mode():
+            scratch(100)
+        return scratch_module._local.buffer.is_inference()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(take).result()
