@@ -17,6 +17,7 @@ BUSY_CORES = 0.10  # of others, while we rest or in the mean of the run
 STOLEN = 0.02  # part of the cores' time that the hypervisor gave to others
 DRIFT = 0.05  # between the fastest and the slowest probe
 FEW_REPEATS = 3
+HIGHEST_FRACTION = 1.02  # of a limit: above, one of the two figures is wrong
 WIDE_SPREAD = 0.10  # half range over median
 
 Probe = Callable[[], dict[str, float]]

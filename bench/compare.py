@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .result_files import Results
-from .table import as_csv, is_shown, markdown_table
+from .table import as_csv, is_shown, markdown_table, paired_ratio
 
 DRAWS = 4000
 CONFIDENCE = 0.95
@@ -139,10 +139,8 @@ def paired_ratios(rows: Sequence[Row], peer: str) -> list[Row]:
         other = theirs.get((*key_of(row)[:3], row.get("threads")))
         if row["engine"] != "edgeformer" or other is None or not (is_shown(row) and is_shown(other)):
             continue
-        pairs = [a / b for a, b in zip(row["samples"], other["samples"], strict=False)]
-        low, high = (min(pairs), max(pairs)) if pairs else (None, None)
-        middle = statistics.median(pairs) if pairs else None
-        found.append({"test": row["test"], "model": row["model"], "ratio": middle, "low": low, "high": high})
+        ratio, low, high = paired_ratio(row, other)
+        found.append({"test": row["test"], "model": row["model"], "ratio": ratio, "low": low, "high": high})
     return found
 
 

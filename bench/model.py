@@ -13,7 +13,7 @@ from typing import Any
 from ..compiler.errors import EdgeFormerError, FormatError
 from ..compiler.target import available_cores
 from . import quality, scenarios
-from .check import DeviceCheck, fixed_probe
+from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe
 from .child import ChildEngine, EngineError, Shape, cold_start
 from .fleet import OURS, Fleet, Problem
 from .journal import Journal
@@ -23,7 +23,6 @@ from .provenance import commit, fingerprint, new_run_id, now
 from .rows import RunFacts, build_rows, model_size
 from .work import Test
 
-HIGHEST_FRACTION = 1.02
 PAUSE = 0.05  # seconds between engines: idle threads of one go to sleep before the other starts
 REST = 0.3  # seconds before a probe, which must see the machine and not an engine's spinning threads
 FIRST_TOKENS, COLD_STARTS = 3, 2  # repeats of the time to the first token, at most

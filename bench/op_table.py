@@ -16,6 +16,12 @@ def render_ops(rows: Sequence[dict[str, Any]], form: str) -> str:
     lines = [markdown_table(head, [operator_cells(row) for row in rows], left=2)]
     notes = [f"- warning: {t}" for row in rows for t in (row.get("device_check") or {}).get("warnings", ())]
     notes += [f"- {row['test']}: {row['error']}" for row in rows if row.get("error")]
+    notes += [
+        f"- {row['engine']} {row['test']}: {text}"
+        for row in rows
+        for text in row.get("warnings", ())
+        if "limit" in text
+    ]
     if notes:
         lines.append("\n".join(dict.fromkeys(notes)))
     return "\n\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..compiler.errors import EdgeFormerError
 from ..compiler.target import Target, available_cores, detect
-from .check import DeviceCheck, fixed_probe, sample_warnings
+from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, sample_warnings
 from .op_cases import BUILDERS, Call, Case, cases
 from .probes import Limits, measure_limits
 from .provenance import new_run_id, now, provenance
@@ -197,4 +197,9 @@ def _limits(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
     if not least or small:
         why = "it runs from the cache, whose speed is not probed"
         return {"limits": measured, "limit_fraction": None, "limit": why}
-    return {"limits": measured, "limit_fraction": round(least / row["seconds"], 4), "limit": why}
+    part = round(least / row["seconds"], 4)
+    found = {"limits": measured, "limit_fraction": part, "limit": why}
+    if part > HIGHEST_FRACTION:
+        text = f"at {part:.0%} of the measured limit: the machine's speed changed during the run"
+        found["warnings"] = [*row["warnings"], text]
+    return found

@@ -20,6 +20,7 @@ from .probes import Limits, measure_limits
 from .table import markdown_table
 
 REPEATS = 15
+WARM_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def profile(path: Path, tests: Sequence[Any], options: Any) -> list[Profile]:
     from ..model.loading import load
     from ..runtime.threads import set_threads
 
-    context = max(test.length for test in tests) + REPEATS + 1
+    context = max(test.length for test in tests) + WARM_STEPS + 1
     threads = options.threads[0] if options.threads else None
     model = load(path, context=context, threads=threads, **options.engine_options())
     stamped = Stamped(model)
@@ -163,12 +164,12 @@ def profile(path: Path, tests: Sequence[Any], options: Any) -> list[Profile]:
     for test in tests:
         ids = torch.randint(0, model.config.vocab_size, (1, test.length), generator=generator)
         run = _one_call(model, ids, test)
-        plain = [run() for _ in range(REPEATS)]
-        calls: list[Call] = []
-        with stamped:
-            for _ in range(REPEATS):
+        plain, calls = [], []
+        for _ in range(REPEATS):  # in turns, so that both see the same machine
+            plain.append(run())
+            with stamped:
                 run()
-                calls.append(stamped.last)
+            calls.append(stamped.last)
         rate, behind = cycles_a_second(calls), "head, launch" if test.kind == "tg" else "launch"
         middle = sorted(calls, key=lambda call: call.seconds)[len(calls) // 2]
         phases, seconds = stamped.phases(middle, rate, behind), middle.seconds
@@ -184,6 +185,9 @@ def _one_call(model: Any, ids: Any, test: Any) -> Callable[[], float]:
         model.reset()
         if test.depth:
             model.prefill(ids[:, : test.depth])
+        if test.kind == "tg":
+            for _ in range(WARM_STEPS):  # else the step waits for threads that sleep
+                model.decode(ids[:, test.depth])
         start = time.perf_counter()
         if test.kind == "tg":
             model.decode(ids[:, test.depth])

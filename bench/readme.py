@@ -14,7 +14,7 @@ import typer
 
 from ..compiler.errors import FormatError
 from .result_files import Results, engines, read_all
-from .table import is_shown, markdown_table
+from .table import is_shown, markdown_table, paired_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- bench: made by `python -m edgeformer.bench.readme` from bench/results; do not edit -->"
@@ -47,7 +47,8 @@ def _device(results: Sequence[Results]) -> str:
     head = ["model", "test", "EdgeFormer", "of limit", *(f"{peer} (ratio)" for peer in peers)]
     body = [line for result in results for line in _lines(result, peers)]
     kind = " (virtual machine)" if row.get("virtual_machine") else ""
-    facts = f"{result_name(device)}{kind}, {row['threads']} threads, tokens/s, medians with half the range."
+    facts = f"{result_name(device)}{kind}, {row['threads']} threads, tokens/s, medians with half the range; "
+    facts += "ratios paired by repeat."
     judged = _quality(results)
     warnings = sorted({t for r in results for row in r.rows for t in row["device_check"]["warnings"]})
     told = f"The device check said: {'; '.join(warnings)}." if warnings else ""
@@ -92,8 +93,8 @@ def _lines(result: Results, peers: Sequence[str]) -> list[list[str]]:
             if other is None:
                 line.append("")
             elif is_shown(other):
-                ratio = row["tokens_per_second"] / other["tokens_per_second"]
-                line.append(f"{_speed(other)} ({ratio:.2f}x)")
+                ratio, low, high = paired_ratio(row, other)
+                line.append(f"{_speed(other)} ({ratio:.1f}x, {low:.1f} to {high:.1f})")
             else:
                 line.append(str(other.get("status", "")))
         lines.append(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,17 @@ def _ratio(row: dict[str, Any], rows: Rows, peer: str) -> str:
     other = next((r for r in rows if r["engine"] == peer and all(r[k] == row[k] for k in same)), None)
     if other is None or not is_shown(other):
         return ""
-    return f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
+    return f"{paired_ratio(row, other)[0]:.2f}"
+
+
+def paired_ratio(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
+    """Return the median, lowest and highest ratio of two rows of a run, paired by repeat.
+
+    Engines take turns, so both of a pair ran within seconds: what slows the machine down slows both.
+    """
+    pairs = [a / b for a, b in zip(row.get("samples", ()), other.get("samples", ()), strict=False)]
+    pairs = pairs or [row["tokens_per_second"] / other["tokens_per_second"]]
+    return statistics.median(pairs), min(pairs), max(pairs)
 
 
 def _engines(rows: Rows) -> str:
