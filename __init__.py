@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from .compiler.target import Target
     from .model.compile import compile
+    from .model.compress.quantize_folder import quantize_model as quantize
     from .model.dropin.cache import EdgeFormerCache
     from .model.dropin.quantizer import EdgeFormerQuantConfig
     from .model.evaluate import evaluate
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluate": ".model.evaluate",
     "report": ".model.report",
     "compile": ".model.compile",
+    "quantize": ".model.compress.quantize_folder:quantize_model",
     "Target": ".compiler.target",
     "EdgeFormerError": ".compiler.errors",
     "TargetError": ".compiler.errors",
@@ -68,6 +70,7 @@ __all__ = [
     "load",
     "optimize",
     "plan",
+    "quantize",
     "report",
 ]
 

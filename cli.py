@@ -162,53 +162,26 @@ def load_model(
         return load(path, progress=progress, **options)
 
 
-@app.command("eval")
-def evaluate(
-    model: ModelPath,
-    text: Annotated[Path, typer.Option("--text", "-f", help="A UTF-8 text.", show_default=False)],
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read from an empty cache.")] = 512,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of the text.")] = 4096,
-    output: OutputText = Text.text,
-    kv: OwnKvType = None,
-    threads: Threads = None,
-    target: TargetName = "auto",
-    quantize: QuantizeTo = None,
-    activation: OwnActivationType = None,
-) -> None:
-    """Compare the model with fp32 PyTorch on the same weights: perplexity, KL divergence, agreement."""
-    from .model.evaluate import evaluate_file
-
-    loaded = load_model(model, target, window, kv, threads, quantize, activation)
-    with stderr().status("evaluating"):
-        found = evaluate_file(loaded, text, window=window, max_tokens=max_tokens)
-    print_facts(
-        {
-            "tokens": found.tokens,
-            "perplexity": found.perplexity,
-            "reference_perplexity": found.reference_perplexity,
-            "perplexity_change": found.perplexity_change,
-            "mean_kl": found.mean_kl,
-            "top1_agreement": found.top1_agreement,
-        },
-        output == Text.json,
-    )
-
-
 @app.command()
 def doctor(output: OutputText = Text.text) -> None:
     """Describe this machine and the tools, for an issue."""
-    from .bench.device import back_ends, device, free_memory, linker, versions
-    from .compiler.artifacts import cache_root
+    from .bench import device as machine
 
-    facts = {k: v for k, v in device().items() if k != "features"}
+    facts = {k: v for k, v in machine.device().items() if k != "features"}
+    free = machine.free_memory()
     if output == Text.text:
         facts |= {k: megabytes(facts[k]) for k in ("l2_bytes", "l3_bytes", "memory_bytes")}
-    facts["memory_free"] = megabytes(free_memory()) if output == Text.text else free_memory()
+    found = machine.versions()
     facts |= {
-        "linker": linker(),
-        "cache": str(cache_root()),
-        "back_ends": back_ends(),
-        "versions": versions(),
+        "memory_free": megabytes(free) if output == Text.text else free,
+        "limits": machine.limits(),
+        "threads": machine.thread_settings(),
+        "gpu": machine.cuda(),
+        "linker": machine.linker(),
+        "cache": machine.cache_state(),
+        "back_ends": machine.back_ends(),
+        "versions": found,
+        "warnings": machine.warnings_of(found) or "none",
     }
     print_facts(facts, output == Text.json)
 

@@ -31,6 +31,7 @@ class Quantize(StrEnum):
 
     int8 = "int8"
     int4 = "int4"
+    balanced = "balanced"
 
 
 class Output(StrEnum):
@@ -51,9 +52,7 @@ class Text(StrEnum):
 
 ModelPath = Annotated[
     Path,
-    typer.Argument(
-        metavar="MODEL", help="A GGUF file, or a folder of `edgeformer compile`.", show_default=False
-    ),
+    typer.Argument(metavar="MODEL", help="A GGUF file, or a model's folder.", show_default=False),
 ]
 TargetName = Annotated[str, typer.Option(help="auto, or a name of `edgeformer targets`.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the physical cores.")]

@@ -25,7 +25,7 @@ folders = find_namespace_packages(
 setup(
     packages=["edgeformer", *(f"edgeformer.{folder}" for folder in folders)],
     package_dir={"edgeformer": "."},
-    package_data={"edgeformer": ["py.typed"], "": ["*.yaml", "*.c", "*.json"]},
+    package_data={"edgeformer": ["py.typed"], "": ["*.yaml", "*.c", "*.json", "*.txt"]},
     include_package_data=False,
     cmdclass={"build_py": BuildPackage},
 )

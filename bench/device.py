@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ TOOLS = (
     "apache-tvm-ffi",
     "numpy",
     "tokenizers",
+    "safetensors",
+    "transformers",
     "gguf",
     "triton",
     "onnxruntime",
@@ -78,6 +82,74 @@ def back_ends() -> dict[str, str]:
             f"not installed: pip install 'edgeformer[{extra}]'" if missing else "no form uses it yet"
         )
     return found
+
+
+def limits() -> dict[str, Any]:
+    """Return what this process may use less than the machine has: cgroup and affinity; {} where nothing."""
+    found: dict[str, Any] = {}
+    for key, name in (("cgroup_memory", "memory.max"), ("cgroup_cpu", "cpu.max")):
+        path = Path("/sys/fs/cgroup") / name
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        found[key] = text if not text.startswith("max") else "none"
+    if hasattr(os, "sched_getaffinity"):
+        found["affinity"] = sorted(os.sched_getaffinity(0))
+    return found
+
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY",
+                    "MKL_NUM_THREADS",
+                    "KMP_AFFINITY", "TVM_NUM_THREADS", "TVM_BIND_THREADS")  # fmt: skip
+
+
+def thread_settings() -> dict[str, Any]:
+    """Return the threads that a model uses by default, and the variables that change that."""
+    found: dict[str, Any] = {"default": available_cores(), "logical": os.cpu_count()}
+    return found | {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+
+
+def warnings_of(found: dict[str, str]) -> list[str]:
+    """Return what is known to be wrong with these versions."""
+    problems = []
+    if "apache-tvm-ffi" in found and (problem := tvm_llvm.ffi_problem(found["apache-tvm-ffi"])):
+        problems.append(problem)
+    if _before(found.get("torch", "99"), (2, 11)):
+        problems.append(f"torch {found['torch']} is older than 2.11; pip install -U torch")
+    if _before(found.get("triton", "99"), (3, 5)):
+        problems.append(f"triton {found['triton']} is older than 3.5; pip install -U triton")
+    return problems
+
+
+def _before(version: str, least: tuple[int, int]) -> bool:
+    numbers = [int(word) for word in re.findall(r"\d+", version)[:2]]
+    return tuple(numbers) < least
+
+
+def cuda() -> str:
+    """Return the GPUs that torch sees, or why it sees none."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"none: torch {torch.__version__} is a CPU build"
+    if not torch.cuda.is_available():
+        return "none: torch was built for GPUs and finds none (driver?)"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names)
+
+
+def cache_state() -> str:
+    """Return where built kernels are kept, how many, and whether that can be written."""
+    from ..compiler.artifacts import ArtifactStore
+
+    store = ArtifactStore()
+    root = store.root if store.root.exists() else next(p for p in store.root.parents if p.exists())
+    count = sum(1 for _ in store.entries())
+    writable = (
+        "" if os.access(root, os.W_OK) else "; it cannot be written, so kernels are built in every process"
+    )
+    return f"{store.root} ({count} kernels{writable})"
 
 
 def linker() -> str:

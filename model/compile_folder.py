@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ..compiler.backends import tvm_llvm
-from ..compiler.errors import BuildError, CapacityError, FormatError
+from ..compiler.errors import BuildError
 from ..compiler.target import Target, detect
 from ..kernels.quant_matmul import PackedWeight
 from ..runtime import dispatch, launch, ops
@@ -27,6 +26,8 @@ from .generate import LanguageModel
 from .layers import PackedModule
 from .load import manifest
 from .load.config_json import config_to_json
+from .load.folders import new_folder, require_replaceable
+from .load.saved_tokenizer import write_saved
 from .load.skeleton import RecordingCheckpoint
 from .loading import load_checkpoint, open_checkpoint, require_kv
 from .plan import plan_memory, require_memory
@@ -60,7 +61,7 @@ def compile_model(
     """
     require_kv(kv)
     source, output = Path(path), Path(output)
-    _require_replaceable(output)
+    require_replaceable(output, manifest.is_compiled)
     resolved = Target.parse(target)
     if tvm_llvm.linker(resolved) is None:
         raise BuildError(tvm_llvm.no_linker(resolved))
@@ -70,42 +71,9 @@ def compile_model(
     options = {"context": context, "kv": kv, "activation": activation, "progress": progress}
     build = _used_here if here else _planned
     model, used = build(recording, resolved, **options)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise CapacityError(f"cannot write beside {output}: {error.strerror or error}") from error
-    try:
+    with new_folder(output, manifest.is_compiled) as aside:
         _write(aside, model, recording.record, used, resolved, activation, checked=here)
-        _replace(aside, output)
-    except OSError as error:
-        raise CapacityError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return output
-
-
-def _require_replaceable(output: Path) -> None:
-    if os.path.lexists(output) and not manifest.is_compiled(output):
-        empty = output.is_dir() and not any(output.iterdir())
-        if not empty:
-            raise FormatError(f"{output} exists and is no compiled folder; name another folder")
-
-
-def _replace(aside: Path, output: Path) -> None:
-    """Rename the finished folder into place; the old one goes only then."""
-    old = None
-    if os.path.lexists(output):
-        old = output.with_name(f".{output.name}-old-{os.getpid()}")
-        os.rename(output, old)
-    try:
-        os.rename(aside, output)
-    except OSError:
-        if old is not None:
-            os.rename(old, output)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _used_here(
@@ -171,9 +139,7 @@ def _write(
     shutil.copyfile(launcher_file(target), folder / "kernels" / "launcher.so")
     (folder / "config.json").write_text(json.dumps(config_to_json(model.config), indent=1))
     if model.has_tokenizer:
-        tokenizer = model.tokenizer
-        tokenizer.backend.save(str(folder / "tokenizer.json"), pretty=False)
-        (folder / "vocabulary.json").write_text(json.dumps(tokenizer.state()))
+        write_saved(folder, model.tokenizer)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     data = {
         "kind": "compiled",

@@ -72,12 +72,12 @@ class Decoder(nn.Module):
         config, arena = checkpoint.config, Arena()
 
         def table(name: str) -> CanonicalWeight:
-            return requantise(checkpoint.weight(name), quantize, table=True)
+            return requantise(checkpoint.weight(name), quantize, name)
 
         def linear(
             *names: str, biased: bool = False, residual: bool = False, pair: bool = False
         ) -> QuantLinear:
-            parts = common_format([requantise(checkpoint.weight(name), quantize) for name in names])
+            parts = common_format([requantise(checkpoint.weight(name), quantize, name) for name in names])
             joined = parts[0] if len(parts) == 1 else CanonicalWeight.cat(parts)
             weight = pack(joined, target, pair, arena)
             bias = torch.cat([checkpoint.vector(f"{name}_bias") for name in names]) if biased else None

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .decoder import Block, Decoder
 from .generate import LanguageModel
 from .layers import PackedModule, RMSNorm
 
+BUILT_IN = "the GNU General Public License 3, which ships with EdgeFormer"
 ROWS = 128  # tokens whose logits are compared at once: two tables of ROWS x vocabulary in memory
 
 
@@ -37,34 +40,50 @@ class Evaluation:
         return self.perplexity / self.reference_perplexity - 1
 
 
-def evaluate_file(model: LanguageModel, path: str | Path, **options: int) -> Evaluation:
-    """``evaluate`` on a UTF-8 text file; FormatError if it cannot be read."""
+def read_text(path: str | Path | None) -> tuple[str, str]:
+    """(name, text) of a UTF-8 file, or of the text that ships with EdgeFormer; FormatError if unreadable."""
+    if path is None:
+        return BUILT_IN, (resources.files(__package__ or "") / "texts" / "gpl-3.0.txt").read_text()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return str(path), Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return evaluate(model, text, **options)
 
 
-def evaluate(model: LanguageModel, text: str, *, window: int = 512, max_tokens: int = 4096) -> Evaluation:
-    """Compare a loaded model with fp32 PyTorch on the same dequantised weights.
+def evaluate_file(model: LanguageModel, path: str | Path | None, **options: Any) -> Evaluation:
+    """``evaluate`` on a UTF-8 text file, or on the text that ships with EdgeFormer."""
+    return evaluate(model, read_text(path)[1], **options)
+
+
+def evaluate(
+    model: LanguageModel, text: str, *, window: int = 512, max_tokens: int = 4096,
+    reference: Decoder | None = None,
+) -> Evaluation:  # fmt: skip
+    """Compare a loaded model with fp32 PyTorch on the same dequantised weights, or on ``reference``'s.
 
     The text is cut into windows, each read from an empty cache; every token but a window's first is
     predicted by both. The reference runs layer by layer, so one dequantised layer is in memory.
 
-    Raises UnsupportedError for a text of fewer than two tokens or a window that the context cannot hold.
+    Raises UnsupportedError for a text of fewer than two tokens, a window that the context cannot hold, or
+    a reference with another vocabulary.
     """
+    reference = reference or model.decoder
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise UnsupportedError(
+            f"the models have {model.config.vocab_size} and {reference.config.vocab_size} tokens; "
+            "only models of one vocabulary can be compared"
+        )
     if not 2 <= window <= model.context:
         raise UnsupportedError(f"window {window} is not between 2 and the model's context {model.context}")
     ids = torch.tensor(model.tokenizer.encode(text)[:max_tokens])
     windows = [part for part in ids.split(window) if len(part) > 1]
     if not windows:
         raise UnsupportedError("the text has fewer than two tokens; nothing to evaluate")
-    hidden = reference_hidden(model.decoder, windows)
-    head = model.decoder.head.weight.unpack().dequantize()
-    cap = model.config.logit_softcap
+    hidden = reference_hidden(reference, windows)
+    head = reference.head.weight.unpack().dequantize()
+    cap = reference.config.logit_softcap
     sums = torch.zeros(4, dtype=torch.float64)
     for part, expected in zip(windows, hidden, strict=True):
         got = model_logits(model, part)

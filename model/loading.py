@@ -17,27 +17,41 @@ from .compiled import compile_decoder
 from .decoder import Decoder
 from .generate import LanguageModel
 from .load.gguf import GGUFCheckpoint
+from .load.huggingface import HFCheckpoint
+from .load.json_file import read_object
 from .load.manifest import NAME as MANIFEST
 from .load.manifest import CompiledFolder, is_compiled, open_folder
+from .load.quantized import CONFIG, MODEL_TYPE, QuantizedCheckpoint
 from .plan import MemoryPlan, plan_memory, require_memory
 from .requantise import QuantisedCheckpoint
 
+ModelFile = GGUFCheckpoint | HFCheckpoint | QuantizedCheckpoint
 KV_TYPES = ("bf16", "fp16", "fp32", "int8")
 
 
-def open_checkpoint(path: str | Path) -> GGUFCheckpoint:
+def open_checkpoint(path: str | Path) -> ModelFile:
     """Read a model's header: config, tensor table, tokenizer data; no weights.
+
+    A GGUF file, a Hugging Face folder (config.json and safetensors), or one of `edgeformer quantize`.
 
     Raises FormatError for a missing or damaged file, UnsupportedError for one that is not implemented.
     """
     path = Path(path)
     if path.is_dir():
-        raise UnsupportedError(
-            f"{path} is a folder without {MANIFEST}; give a GGUF file or a compiled folder"
-        )
+        return _open_folder(path)
     if not path.exists():
         raise FormatError(f"there is no file {path}")
     return GGUFCheckpoint(path)
+
+
+def _open_folder(path: Path) -> ModelFile:
+    if is_compiled(path):
+        raise UnsupportedError(f"{path} is compiled: its weights are packed; take the model it came from")
+    if not (path / CONFIG).exists():
+        raise FormatError(f"{path} is no model: a folder needs {CONFIG} or {MANIFEST}; else give a GGUF file")
+    if read_object(path / CONFIG).get("model_type") == MODEL_TYPE:
+        return QuantizedCheckpoint(path)
+    return HFCheckpoint(path)
 
 
 def plan(
@@ -71,7 +85,7 @@ def load(
     whole_step: bool = True,
     trust: bool = False,
 ) -> LanguageModel:
-    """Load a GGUF file of a family in docs/models.md, or a folder of `edgeformer compile`, for this host.
+    """Load a model for this host: a GGUF file, a Hugging Face folder, or one of `quantize` or `compile`.
 
     Args:
         path: the file or folder.
@@ -79,7 +93,7 @@ def load(
         context: tokens to hold; default: the model's own, at most 8192.
         kv: type of the KV cache: "bf16" (the default), "fp16", "fp32" or "int8".
         threads: default: the physical cores that this process may use.
-        quantize: None keeps the file's precision; "int8" or "int4" rounds wider weights to it.
+        quantize: None keeps the file's precision; "int8", "int4" or "balanced" rounds wider weights.
         activation: "int8" quantises activations on the fly, "float" keeps them; "auto" is int8, and bf16 for
             prompts where this CPU has a matrix unit; default "auto". A compiled folder has its own.
         progress: called with (layers done, layers in all).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..compiler.errors import CapacityError
 from ..compiler.target import available_memory
@@ -10,12 +11,21 @@ from ..kernels.quant_matmul import WeightFormat
 from ..kernels.quant_matmul.packing import BLOCK, Geometry
 from ..runtime.kv_cache import KVCache
 from .config import ModelConfig
-from .load.gguf import GGUFCheckpoint
 from .requantise import joined_format, requested_format
 
 FLOAT = 4  # bytes: activations are float32
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more and the caller names none
 PREFILL_CHUNK = 512  # tokens of a prompt that pass through the layers at once
+
+
+class WeightSource(Protocol):
+    """What planning asks of a checkpoint."""
+
+    config: ModelConfig
+
+    def matrices(self) -> dict[str, tuple[int, int]]: ...
+
+    def format(self, name: str) -> WeightFormat: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def choose_context(config: ModelConfig, context: int | None) -> int:
 
 
 def plan_memory(
-    checkpoint: GGUFCheckpoint,
+    checkpoint: WeightSource,
     *,
     context: int | None = None,
     kv: str = "bf16",
@@ -84,17 +94,17 @@ def plan_folder(config: ModelConfig, weights: int, context: int, kv: str) -> Mem
     return MemoryPlan(weights, cache, workspace_bytes(config, 1, min(PREFILL_CHUNK, tokens), tokens), tokens)
 
 
-def weight_bytes(checkpoint: GGUFCheckpoint, quantize: str | None) -> int:
+def weight_bytes(checkpoint: WeightSource, quantize: str | None) -> int:
     """Bytes of the packed weights, norms and biases, as the decoder fuses them."""
     config = checkpoint.config
     shapes = checkpoint.matrices()
 
-    def matrix(*names: str, pair: bool = False, table: bool = False) -> int:
-        formats = [requested_format(checkpoint.format(name), quantize, table=table) for name in names]
+    def matrix(*names: str, pair: bool = False) -> int:
+        formats = [requested_format(checkpoint.format(name), quantize, name) for name in names]
         rows = [shapes[name][0] for name in names]
         return packed_bytes(joined_format(formats), rows if pair else [sum(rows)], shapes[names[0]][1])
 
-    total = sum(matrix(name, table=True) for name in ("embed", "head") if name in shapes)
+    total = sum(matrix(name) for name in ("embed", "head") if name in shapes)
     for layer in range(config.num_layers):
         at = f"layers.{layer}."
         total += matrix(at + "q", at + "k", at + "v") + matrix(at + "o")

@@ -8,31 +8,39 @@ import torch
 
 from ..compiler.errors import UnsupportedError
 from ..kernels.quant_matmul import CanonicalWeight, WeightFormat
+from .compress.range_search import round_to
 
-TABLES = ("embed", "head")
-CHOICES = {"int4": WeightFormat.int4(32, zero="minimum"), "int8": WeightFormat.int8(32)}
+INT4, INT8 = WeightFormat.int4(32, zero="minimum"), WeightFormat.int8(32)
+# what a part of the decoder is rounded to; parts that are not named take the profile's second format
+PROFILES: dict[str, tuple[dict[str, WeightFormat], WeightFormat]] = {
+    "int8": ({}, INT8),
+    "int4": ({"embed": INT8, "head": INT8}, INT4),
+    "balanced": (dict.fromkeys(("embed", "head", "q", "k", "v", "down"), INT8), INT4),
+}
 
 
-def requested_format(current: WeightFormat, quantize: str | None, *, table: bool = False) -> WeightFormat:
-    """The format that ``quantize`` asks for; never a wider one than the weight has.
+def requested_format(current: WeightFormat, quantize: str | None, name: str) -> WeightFormat:
+    """The format that ``quantize`` asks for the weight ``name``; never a wider one than it has.
 
     An embedding table (and the head that shares it) stays at 8 bits or more: it is the weight that
-    suffers most.
+    suffers most. "balanced" also keeps at 8 bits the projections that lose most: queries, keys and values,
+    and the MLP's second.
     """
     if quantize is None:
         return current
-    if quantize not in CHOICES:
+    if quantize not in PROFILES:
         raise UnsupportedError(
-            f"quantize={quantize!r} is not supported; use None, {', '.join(map(repr, CHOICES))}"
+            f"quantize={quantize!r} is not supported; use None, {', '.join(map(repr, PROFILES))}"
         )
-    wanted = CHOICES["int8" if table else quantize]
+    parts, other = PROFILES[quantize]
+    wanted = parts.get(name.rsplit(".", 1)[-1], other)
     return current if not current.is_float and current.bits <= wanted.bits else wanted
 
 
-def requantise(weight: CanonicalWeight, quantize: str | None, *, table: bool = False) -> CanonicalWeight:
+def requantise(weight: CanonicalWeight, quantize: str | None, name: str) -> CanonicalWeight:
     """The weight in the requested format, rounded to nearest; untouched where it already fits."""
-    wanted = requested_format(weight.format, quantize, table=table)
-    return weight if wanted == weight.format else CanonicalWeight.from_float(weight.dequantize(), wanted)
+    wanted = requested_format(weight.format, quantize, name)
+    return weight if wanted == weight.format else round_to(weight.dequantize(), wanted)
 
 
 class QuantisedCheckpoint:
@@ -47,11 +55,11 @@ class QuantisedCheckpoint:
 
     def format(self, name: str) -> WeightFormat:
         """The format of a matrix after rounding."""
-        return requested_format(self._checkpoint.format(name), self._quantize, table=name in TABLES)
+        return requested_format(self._checkpoint.format(name), self._quantize, name)
 
     def weight(self, name: str) -> CanonicalWeight:
         """One matrix, rounded."""
-        return requantise(self._checkpoint.weight(name), self._quantize, table=name in TABLES)
+        return requantise(self._checkpoint.weight(name), self._quantize, name)
 
 
 def joined_format(formats: list[WeightFormat]) -> WeightFormat:

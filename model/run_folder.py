@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from .generate import LanguageModel
 from .layers import PackedModule
 from .load import manifest
 from .load.config_json import config_from_json
-from .load.hf_tokenizer import read_backend
+from .load.saved_tokenizer import VOCABULARY, read_saved
 from .load.skeleton import SkeletonCheckpoint
-from .load.tokenizer import ModelTokenizer
 from .plan import MemoryPlan, plan_folder, require_memory
 
 KERNEL_SOURCES = ("kernels", "compiler/backends", "runtime/program.py", "runtime/launcher.c")
@@ -67,7 +65,7 @@ def load_folder(
     model = LanguageModel(
         decoder, folder.path, {"tokenizer.chat_template": data.get("chat_template")}, plan,
         target=compiled, threads=count, kv=_option(folder, "kv"),
-        tokenizer=(lambda: read_tokenizer(folder)) if "vocabulary.json" in data["files"] else None,
+        tokenizer=(lambda: read_saved(folder.path)) if VOCABULARY in data["files"] else None,
     )  # fmt: skip
     checked = data["checked"].get("cpu") == cpu_identity()
     declined = data["checked"].get("declined") if checked else None
@@ -219,15 +217,3 @@ def _slice(
     if type(at) is not int or at < 0 or at % 64 or at + nbytes > memory.numel():
         raise FormatError(f"{folder.path}: {name!r} lies outside of {manifest.WEIGHTS} or off its alignment")
     return memory[at : at + nbytes]
-
-
-def read_tokenizer(folder: manifest.CompiledFolder) -> ModelTokenizer:
-    """Read the tokenizer of a compiled folder. Raises FormatError."""
-    path = folder.file("vocabulary.json")
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: {str(error)[:200]}") from error
-    if not isinstance(state, dict):
-        raise FormatError(f"{path} is damaged")
-    return ModelTokenizer.restore(state, read_backend(folder.file("tokenizer.json")), folder.path)

@@ -8,13 +8,10 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...compiler.errors import FormatError, UnsupportedError
+from .sandbox import MAX_CHARACTERS, Sandbox
 
-MAX_CHARACTERS = 16 << 20  # a template that writes more than this is broken or hostile
 FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -24,19 +21,6 @@ FAILURES = (
     RecursionError,
     MemoryError,
 )
-EXTENSIONS: list[str | type[Extension]] = [loopcontrols]
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, where multiplying cannot make a text or a number that fills the memory either."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(v) if isinstance(v, (str, list, tuple)) else abs(v) for v in (left, right)]
-        if max(sizes) > 1024 if operator == "**" else sizes[0] * sizes[1] > MAX_CHARACTERS:
-            raise SecurityError(f"{operator!r} of such large operands")
-        return super().call_binop(context, operator, left, right)
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -86,9 +70,9 @@ def render_chat(
         ) from error
 
 
-def _environment() -> _Sandbox:
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
-    env.filters["tojson"] = _to_json
+def _environment() -> Sandbox:
+    env = Sandbox()
+    env.add_filter("tojson", _to_json)
     env.globals["raise_exception"] = _refuse
     env.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return env

@@ -80,6 +80,6 @@ class SkeletonCheckpoint:
 
 def _sizes(values: Any, count: int) -> tuple[int, ...]:
     found = tuple(values)
-    if len(found) != count or not all(type(v) is int and 0 <= v < 1 << 32 for v in found):
+    if len(found) != count or not all(type(v) is int and 0 <= v < 1 << 24 for v in found):
         raise ValueError(f"{values!r} are no sizes")
     return found

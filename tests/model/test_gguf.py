@@ -79,14 +79,14 @@ def test_mixed_types_share_a_format_without_loss(make_gguf):
 def test_requantise_never_widens(make_gguf):
     checkpoint = GGUFCheckpoint(make_gguf("Q4_0").path)
     weight = checkpoint.weight("layers.0.o")
-    assert requantise(weight, "int8") is weight
+    assert requantise(weight, "int8", "layers.0.o") is weight
     wide = GGUFCheckpoint(make_gguf("F32").path).weight("layers.0.o")
     for choice, bound in (("int8", 0.01), ("int4", 0.1)):
-        narrow = requantise(wide, choice)
+        narrow = requantise(wide, choice, "layers.0.o")
         assert (narrow.dequantize() - wide.codes).norm() / wide.codes.norm() < bound
-    assert requantise(wide, "int4", table=True).format.bits == 8
+    assert requantise(wide, "int4", "embed").format.bits == 8
     with pytest.raises(UnsupportedError, match="int3"):
-        requantise(wide, "int3")
+        requantise(wide, "int3", "embed")
 
 
 def test_untied_head_and_options(make_gguf):

@@ -1,0 +1,1 @@
+"""Fuzzing of everything that reads a model's files: `python -m edgeformer.bench.fuzz`."""
