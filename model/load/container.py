@@ -17,6 +17,7 @@ from ...compiler.errors import FormatError, UnsupportedError
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
+MAX_ENTRIES = 65535  # tensors, or keys; the largest models have some thousands
 MAX_NAME = 65535  # bytes of a key or of a tensor's name
 
 SCALARS = {
@@ -142,6 +143,8 @@ class Container:
             raise UnsupportedError(f"{self.path}: GGUF version {version} is not supported (2 and 3 are)")
         num_tensors = cursor.scalar("<Q", "the number of tensors")
         num_keys = cursor.scalar("<Q", "the number of keys")
+        if max(num_tensors, num_keys) > MAX_ENTRIES:
+            raise cursor.damaged(f"{num_tensors} tensors and {num_keys} keys are not believed")
         self.metadata = {}
         for _ in range(num_keys):
             key = cursor.text("a key", MAX_NAME)

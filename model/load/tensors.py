@@ -13,6 +13,7 @@ from .json_file import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MAX_TENSORS = 65535
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -61,7 +62,10 @@ class TensorFolder:
 
     def _read_header(self, path: Path) -> None:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118  not a dict
+            names = file.keys()
+            if len(names) > MAX_TENSORS:
+                raise FormatError(f"{path}: {len(names)} tensors are not believed")
+            for name in names:
                 if name in self._files:
                     raise FormatError(f"{path}: the tensor {name[:80]!r} lies in another file too")
                 part = file.get_slice(name)
