@@ -85,14 +85,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._check_growth("format", left, (right,))
         return self.held(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call what a template calls."""
         if getattr(__obj, "__self__", None) is __self:  # our own steps
-            return __obj(*args, **kwargs)
-        __self.held([*args, *kwargs.values()])
+            return __obj(*args)
+        given = [*args, *(v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars"))]
+        __self.held(given)
         name = getattr(__obj, "__name__", "")
         if name in _GROWS or name == "format_map":
-            __self._check_growth(name, getattr(__obj, "__self__", ""), [*args, *kwargs.values()])
+            method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+            __self._check_growth(name, getattr(method, "__self__", ""), given)
         return __self.held(super().call(__context, __obj, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:

@@ -222,3 +222,23 @@ def test_cache_lists_verifies_and_prunes(cache: Path):
 
 def test_version():
     assert RUNNER.invoke(cli.app, ["--version"]).stdout.startswith("edgeformer ")
+
+
+def test_quantize_and_compile_say_what_they_would_take(smollm2: Path, tmp_path: Path):
+    out = str(tmp_path / "out")
+    result = RUNNER.invoke(cli.app, ["quantize", str(smollm2), "-o", out, "--dry-run", "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["weights_before"] == facts["weights_after"] > 90e6  # its weights have 4 bits already
+    result = RUNNER.invoke(cli.app, ["compile", str(smollm2), "-o", out, "--dry-run", "--target", "znver4"])
+    assert result.exit_code == 0 and "weights" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_says_what_limits_this_process():
+    facts = json.loads(RUNNER.invoke(cli.app, ["doctor", "-o", "json"]).stdout)
+    assert {"limits", "threads", "gpu", "cache", "back_ends", "versions", "warnings"} <= facts.keys()
+    from edgeformer.bench.device import warnings_of
+
+    assert "0.1.14" in warnings_of({"apache-tvm-ffi": "0.1.15"})[0]
+    assert warnings_of({"apache-tvm-ffi": "0.1.14.post0", "torch": "2.13.0"}) == []
+    assert "2.11" in warnings_of({"torch": "2.9.1"})[0]

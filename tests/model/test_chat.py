@@ -54,6 +54,27 @@ def test_what_templates_use():
         "{{ messages[",
         "{{ 1 / 0 }}",
         "{{ missing.field }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set a = ['x'] %}" + "{% set a = [a, a] %}" * 60 + "{{ a }}",
+        "{% set a = ['x'] %}" + "{% set a = [a, a] %}" * 60 + "{{ a == a | list }}",
+        "{{ 'a'.center(10 ** 9) }}",
+        "{{ 'a' | center(1000000000) }}",
+        "{{ 'a' | indent(1000000000, true) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ ('a' * 9999) | replace('a', 'b' * 9999) }}",
+        "{{ (['a' * 999] * 999) | join('b' * 99999) }}",
+        "{{ lipsum(n=100000) }}",
+        "{{ messages | map('replace', 'a', 'b' * 99999999) | list }}",
+        "{% set x %}{% for a in range(99999) %}" + "y" * 1000 + "{% endfor %}{% endset %}",
+        "{{ messages | tojson(indent=100000000) }}",
+        "x" * (1 << 19),
     ],
 )
 def test_hostile_and_broken_templates_are_format_errors(template):
@@ -66,3 +87,23 @@ def test_refusals():
         render_chat("{{ raise_exception('roles must alternate') }}", TALK)
     with pytest.raises(UnsupportedError, match="'role' and 'content'"):
         render_chat("x", [{"role": "user"}])
+
+
+def test_a_hostile_template_ends_soon():
+    import time
+
+    start = time.process_time()
+    with pytest.raises(FormatError, match="takes too long|more than"):
+        render_chat(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", TALK
+        )
+    assert time.process_time() - start < 10  # the bound is 0.8 s; this is no measurement
+
+
+def test_long_talks_pass_the_bounds():
+    template = (
+        "{% for m in messages %}{% set text = m.content | trim | replace('a', 'bb') %}"
+        "{{ '<|' ~ m.role ~ '|>' + text.split('</think>')[-1] + '\n' }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a word " * 300}] * 400
+    assert len(render_chat(template, talk)) > 400 * 300 * 7

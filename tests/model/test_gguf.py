@@ -125,7 +125,7 @@ def test_other_architectures_and_files(tmp_path):
         open_checkpoint(tmp_path / "x.gguf")
     with pytest.raises(FormatError, match="no file"):
         open_checkpoint(tmp_path / "missing.gguf")
-    with pytest.raises(UnsupportedError, match="folder"):
+    with pytest.raises(FormatError, match="folder"):
         open_checkpoint(tmp_path)
     (tmp_path / "empty.gguf").write_bytes(b"")
     (tmp_path / "text.gguf").write_text("hello world")
