@@ -85,7 +85,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._check_growth("format", left, (right,))
         return self.held(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls."""
         if getattr(__obj, "__self__", None) is __self:  # our own steps
             return __obj(*args)
