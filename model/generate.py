@@ -40,7 +40,6 @@ class LanguageModel:
         self.path = path
         self.metadata = metadata
         self._make_tokenizer = tokenizer
-        self.before_answer: Callable[[], None] | None = None  # called once, before the first token is shown
         self.plan = plan
         self.target = target
         self.threads = threads
@@ -202,9 +201,6 @@ class LanguageModel:
         self._require_known(padded)
         cache = self._cache_for(len(rows), padded.shape[1] + max_tokens)
         logits = self._feed(padded[:, reused:], cache)
-        if self.before_answer is not None:
-            self.before_answer()
-            self.before_answer = None
         prefilled = time.perf_counter()
         batch = Rows(
             len(rows),

@@ -74,7 +74,7 @@ def load_folder(
     else:
         step, model.whole_step_declined = compile_decoder(decoder, compiled, model.kv, check=not checked)
         model.step = step or model.step
-    model.before_answer = folder.verify
+    folder.verify()  # hashed while all this went on
     return model
 
 
