@@ -189,7 +189,7 @@ def doctor(output: OutputText = Text.text) -> None:
 @app.command()
 def targets(output: OutputText = Text.text) -> None:
     """List the targets that code can be compiled for, this host first."""
-    from .compiler.target import Target, detect, known_targets
+    from .compiler.target import PROOFS, Target, detect, known_targets
 
     host = detect()
     rows = []
@@ -201,6 +201,7 @@ def targets(output: OutputText = Text.text) -> None:
                 "arch": target.arch,
                 "mcpu": target.mcpu,
                 "isa": target.isa,
+                "proof": target.proof,
                 "runs_here": not missing,
                 "missing": missing,
             }
@@ -210,7 +211,10 @@ def targets(output: OutputText = Text.text) -> None:
         return
     for row in rows:
         here = "runs here" if row["runs_here"] else "lacks " + ", ".join(row["missing"][:4])
-        typer.echo(f"{row['name']:18} {row['arch']:8} {row['mcpu']:16} {row['isa']:12} {here}")
+        typer.echo(
+            f"{row['name']:18} {row['arch']:8} {row['mcpu']:16} {row['isa']:12} {row['proof']:10} {here}"
+        )
+    typer.echo("\n".join(f"{name}: {meaning}" for name, meaning in PROOFS.items()), err=True)
 
 
 @cache_app.command("list")

@@ -64,6 +64,14 @@ ISA_FEATURES = (
 )
 
 
+# How far the kernels of a target were checked, the strongest first.
+PROOFS = {
+    "run": "timed on such a CPU",
+    "emulated": "right under an emulator, or on another CPU that has its instructions",
+    "compiled": "built, its assembly checked",
+    "described": "data only",
+}
+
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) on x86-64 Linux.
 _ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
 
@@ -73,7 +81,7 @@ class Target:
     """A device and its instruction set.
 
     Sizes are in bytes; `cores` counts the physical cores that this process may use. `features` are
-    Linux cpuinfo names. `emulated` marks an instruction-set entry run through portable arithmetic.
+    Linux cpuinfo names. `proof` says how far kernels for it were checked (see PROOFS).
     """
 
     name: str
@@ -86,6 +94,7 @@ class Target:
     l2: int = 512 << 10
     l3: int = 0
     backends: tuple[str, ...] = ("tvm_llvm", "torch")
+    proof: str = "run"
 
     @staticmethod
     def parse(name: str | Target) -> Target:
@@ -154,6 +163,7 @@ def _known() -> dict[str, Target]:
                 l2=data.get("l2", 512 << 10),
                 l3=data.get("l3", 0),
                 backends=tuple(data.get("backends", ("tvm_llvm", "torch"))),
+                proof=data["proof"],
             )
     return found
 

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from edgeformer.compiler import target as target_module
-from edgeformer.compiler.errors import TargetError
+from edgeformer.compiler.errors import BuildError, TargetError
 from edgeformer.compiler.target import (
     ISA_FEATURES,
+    PROOFS,
     Target,
     available_cores,
     available_memory,
@@ -193,7 +194,38 @@ def test_shipped_data(name: str) -> None:
     assert target.name == name and target.arch in ("x86_64", "aarch64")
     assert 8 << 10 <= target.l1d <= 1 << 20 and target.l1d < target.l2 <= 64 << 20 and target.l3 >= 0
     assert target.backends[0] == "tvm_llvm" and target.backends[-1] == "torch"
-    assert dict(ISA_FEATURES)[target.isa] <= target.features
+    assert dict(ISA_FEATURES)[target.isa] <= target.features and target.proof in PROOFS
+    wanted = {"raspberry-pi-4": "neon", "raspberry-pi-5": "dotprod", "alderlake": "avx_vnni"}
+    wanted |= {"x86-64-v4": "avx512", "x86-64-v3": "avx2"}
+    assert target.isa == wanted.get(name, target.isa)
+
+
+@pytest.mark.parametrize(("isa", "lacking"), [("avx512_vnni", "avx512_vnni"), ("dotprod", "asimddp")])
+def test_an_instruction_that_a_target_lacks_never_reaches_llvm(isa: str, lacking: str) -> None:
+    """It would end the process."""
+    from edgeformer.compiler.backends import tvm_llvm
+
+    target = Target.parse("x86-64-v3" if isa.startswith("avx") else "raspberry-pi-4").with_isa(isa)
+    with pytest.raises(BuildError, match=f"lacks .*{lacking}.*{isa} kernels"):
+        tvm_llvm.compile_module([], target)
+
+
+def test_a_misspelt_cpu_is_refused_with_close_names() -> None:
+    from edgeformer.compiler.backends import tvm_llvm
+
+    target = dataclasses.replace(Target.parse("raspberry-pi-5"), mcpu="cortex-a67")
+    with pytest.raises(TargetError, match="no aarch64 CPU 'cortex-a67'. Did you mean cortex-a"):
+        tvm_llvm.compile_module([], target)
+
+
+def test_a_missing_cross_linker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeformer.compiler.backends import tvm_llvm
+
+    monkeypatch.setattr(tvm_llvm, "_has_ziglang", lambda: False)
+    monkeypatch.setattr(tvm_llvm.shutil, "which", lambda name: None)
+    other = Target.parse("raspberry-pi-5" if detect().arch == "x86_64" else "x86-64-v3")
+    assert tvm_llvm.linker(other) is None
+    assert "pip install ziglang" in tvm_llvm.no_linker(other) and other.arch in tvm_llvm.no_linker(other)
 
 
 def _llvm_cpus(arch: str) -> set[str]:
