@@ -21,6 +21,10 @@ from torch.nn import functional as F
 from ..kernels.quant_matmul import PackedWeight, WeightFormat
 from . import ops
 
+# Looked up once: these run before every kernel.
+_is_compiling, _grad = torch.compiler.is_compiling, torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
+_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 _ROWS = 1024  # rows of W that are dequantised at a time
 _LIBRARY = torch.library.Library("edgeformer", "DEF")
@@ -78,12 +82,12 @@ def direct(x: Tensor) -> bool:
 def idle(x: Tensor) -> bool:
     """Whether nothing at all watches a call on `x`: no gradient mode, no autocast, and what `direct` asks."""
     return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        _is_compiling()
+        or _grad()
         or x.__class__ is not Tensor
-        or torch._C._len_torch_dispatch_stack()
+        or _modes()
         or _transforms() is not None
-        or torch.is_autocast_enabled("cpu")
+        or _autocast("cpu")
         or not x.is_cpu
     )
 

@@ -87,13 +87,6 @@ class OneRow(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lean": None}
 
-    def _bare(self, x: Tensor) -> Any:
-        """Return the bound call for x's dtype on the present target."""
-        lean = self._lean
-        if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
-            lean = self._lean = self._bind_row(x.dtype)
-        return lean
-
     def _bind_row(self, dtype: torch.dtype) -> Any:
         raise NotImplementedError
 
@@ -135,7 +128,10 @@ class Linear(OneRow, PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         if x.shape == self._one and idle(x) and x.is_contiguous():
             bias: Tensor | None = self._parameters["bias"]
-            _, _, call, weight = self._bare(x)
+            lean = self._lean
+            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
+                lean = self._lean = self._bind_row(x.dtype)
+            call, weight = lean[2], lean[3]
             if call is not None and (bias is None or bias.dtype is torch.float32):
                 if torch_ops._recorders:
                     torch_ops.note("linear", weight, 1)
@@ -229,7 +225,10 @@ class GatedMLP(OneRow, PackedModule):
         if not (self.gate_proj.__class__ is Half and self.up_proj.__class__ is Half):
             return self.down_proj(ACTIVATIONS[self.gate](self.gate_proj(x)) * self.up_proj(x))
         if x.shape == self._one and idle(x) and x.is_contiguous():
-            _, _, call, address = self._bare(x)
+            lean = self._lean
+            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
+                lean = self._lean = self._bind_row(x.dtype)
+            call, address = lean[2], lean[3]
             if call is not None:
                 if torch_ops._recorders:
                     torch_ops.note("linear", address, 1)
@@ -273,7 +272,10 @@ class Norm(OneRow):
         if x.shape == self._one and idle(x) and x.is_contiguous():
             parameters = self._parameters
             weight, bias = parameters["weight"], parameters["bias"]
-            _, _, call, dtype = self._bare(x)
+            lean = self._lean
+            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
+                lean = self._lean = self._bind_row(x.dtype)
+            call, dtype = lean[2], lean[3]
             assert weight is not None
             if call is not None and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
                 if torch_ops._recorders:
