@@ -80,9 +80,8 @@ def optimize(
         _require_nothing_left([e for e in finding.leaves(found) if not _harmless(e)])
     job = _Job(model, resolved, profile, policy, keep_original, activation)
     job.report._tokenizer = tokenizer
-    formats = choose_formats(
-        _candidates(found), profile, _sensitivity(model, calibrate, tokenizer, progress, job, found)
-    )
+    measured = _sensitivity(model, calibrate, tokenizer, progress, job, found)
+    formats = choose_formats(_candidates(found), profile, _decodes(model), measured)
     try:
         job.run(found, formats, progress)
         if strict:
@@ -93,6 +92,12 @@ def optimize(
         raise
     job.report.seconds = time.perf_counter() - started
     return job.report
+
+
+def _decodes(model: nn.Module) -> bool:
+    """Whether the model makes tokens one by one (what is no transformers model may)."""
+    inner = finding.transformers_model(model)
+    return inner is None or bool(inner.can_generate())
 
 
 def _require_nothing_left(left: list[Any]) -> None:

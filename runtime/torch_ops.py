@@ -284,16 +284,68 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    inputs = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-    with torch.enable_grad():
-        out = dense_attention(*inputs, ctx.mask, ctx.window, ctx.softcap, ctx.scale, ctx.q_offset)  # pyright: ignore
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if t is not None and need]
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
-    gradients = [
-        next(found) if t is not None and need else None for t, need in zip(inputs, ctx.needs_input_grad)
-    ]
-    return (*gradients, None, None, None, None, None)
+    """Gradients by hand in fp32 (no autograd inside autograd): softmax, softcap, groups of heads, sinks."""
+    q, k, v, bias, sinks = ctx.saved_tensors
+    group = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (t.repeat_interleave(group, 1).float() for t in (k, v))
+    weights, sink, slope = _softmax(
+        q, wide_k, bias, sinks, ctx.mask, ctx.window, ctx.softcap, ctx.scale, ctx.q_offset
+    )
+    upstream = grad.transpose(1, 2).float()  # [B, H, Tq, Dv]
+    pulled = upstream @ wide_v.transpose(2, 3)
+    rows = (pulled * weights).sum(-1, keepdim=True)
+    scores = weights * (pulled - rows)
+    grad_bias = None if bias is None else _reduced(scores, bias.shape).to(bias.dtype)
+    grad_sinks = None
+    if sinks is not None and sink is not None:
+        grad_sinks = -(sink * rows).sum((0, 2, 3)).to(sinks.dtype)
+    if slope is not None:
+        scores = scores * slope
+    grad_q = scores @ wide_k * ctx.scale
+    grad_k = scores.transpose(2, 3) @ q.float() * ctx.scale
+    grad_v = weights.transpose(2, 3) @ upstream
+    shared = lambda t: t.unflatten(1, (-1, group)).sum(2)  # noqa: E731
+    return (
+        grad_q.to(q.dtype), shared(grad_k).to(k.dtype), shared(grad_v).to(v.dtype), grad_bias, grad_sinks,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _reduced(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sum a tensor down to a shape that broadcasts to it."""
+    axes = [i for i, (have, want) in enumerate(zip(x.shape, shape)) if have != want]
+    return x.sum(axes, keepdim=True) if axes else x
+
+
+def _softmax(
+    q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: str, window: int, softcap: float,
+    scale: float, q_offset: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return weights [B, H, Tq, Tk], the sink's share [B, H, Tq, 1] and the softcap's slope, in fp32."""
+    scores, slope = q.float() @ k.transpose(2, 3) * scale, None
+    if softcap:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped * capped
+    if bias is not None:
+        scores = scores + bias.float()
+    tq, tk = q.shape[2], k.shape[2]
+    place = torch.arange(q_offset, q_offset + tq, device=q.device)[:, None] - torch.arange(
+        tk, device=q.device
+    )
+    seen = place >= 0 if mask == "causal" else torch.ones_like(place, dtype=torch.bool)
+    if window:
+        seen = seen & (place.abs() < window)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    sink = None
+    if sinks is None:
+        weights = F.softmax(scores, -1)
+    else:
+        column = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, tq, 1)
+        both = F.softmax(torch.cat([scores, column], -1), -1)
+        weights, sink = both[..., :-1], both[..., -1:]
+    return weights.masked_fill(empty, 0.0), sink, slope
 
 
 def dense_attention(
@@ -303,24 +355,8 @@ def dense_attention(
     """The same in differentiable PyTorch, scores in fp32 and whole: [B, Tq, Hq, Dv] in q's dtype."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1).float() for t in (k, v))
-    scores = q.float() @ k.transpose(2, 3) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.float()
-    place = torch.arange(q_offset, q_offset + q.shape[2])[:, None] - torch.arange(k.shape[2])
-    seen = place >= 0 if mask == "causal" else torch.ones_like(place, dtype=torch.bool)
-    if window:
-        seen = seen & (place.abs() < window)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0.0)
-    if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = F.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
-    else:
-        weights = F.softmax(scores, -1)
-    out = F.dropout(weights.masked_fill(empty, 0.0), dropout) @ v
+    weights, _, _ = _softmax(q, k, bias, sinks, mask, window, softcap, scale, q_offset)
+    out = F.dropout(weights, dropout) @ v
     return out.transpose(1, 2).to(q.dtype).contiguous()
 
 

@@ -45,6 +45,10 @@ def find(model: nn.Module) -> list[Found]:
     for name, module in model.named_modules():
         if name in inside:
             continue
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            own = [n for n, _ in module.named_modules() if n and n.split(".")[0] != "base_layer"]
+            inside |= {f"{name}.{n}" for n in own}  # the adapter's own layers train, and stay
+            continue
         if isinstance(module, ours):
             inside |= {f"{name}.{child}" for child, _ in module.named_modules() if child}
             found.append(Found(name, module, "ours", "replaced before"))

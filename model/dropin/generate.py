@@ -47,7 +47,7 @@ def own_generate(compiled: CompiledModel, inputs: Any, options: dict[str, Any]) 
     if problem:
         return None, problem
     given = options.get("max_new_tokens", config.max_new_tokens)
-    length = config.max_length if "max_length" in options or given is None else None
+    length = config.max_length if given is None else None
     most = given if length is None else (20 if length is None else length - ids.shape[1])
     if most is None or most < 1:
         return None, "no room for a new token"

@@ -25,13 +25,19 @@ class LayerWeight(PackedWeight):
     """
 
     dtype: torch.dtype = torch.float32  # of the weight that was packed
+    code: str = ""  # what torch_ops need to know of it
 
     @staticmethod
     def of(weight: PackedWeight, dtype: torch.dtype) -> LayerWeight:
         """Return the same buffer with the dtype that the weight had."""
         layer = LayerWeight(weight.buffer, weight.format, weight.n, weight.k, weight.layout)
-        layer.dtype = dtype
+        layer.dtype, layer.code = dtype, torch_ops.weight_code(weight)
         return layer
+
+    def become(self, weight: PackedWeight) -> None:
+        """Hold another weight of the same shape from now on, for every layer that shares this one."""
+        self.buffer, self.format, self.layout = weight.buffer, weight.format, weight.layout
+        self.__dict__.pop("bound_calls", None)
 
     @property
     def shape(self) -> torch.Size:
@@ -82,7 +88,7 @@ class OneRow(nn.Module):
 
     _one: tuple[int, int, int]
     _out: tuple[int, int, int]
-    _lean: Any = None  # (dtype of x, generation of the target, call or None, address of the weight)
+    _lean: Any = None  # (dtype of x, generation of the target, call or None, address of the weight, ...)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lean": None}
@@ -106,7 +112,6 @@ class Linear(OneRow, PackedModule, nn.Linear):
         PackedModule.__init__(self, weight, saved=saved)
         self.in_features, self.out_features = weight.k, weight.n
         self.activation = activation
-        self.code = torch_ops.weight_code(weight)
         self._one, self._out = (1, 1, weight.k), (1, 1, weight.n)
         if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
             bias = nn.Parameter(bias.detach().float().contiguous(), bias.requires_grad)
@@ -117,19 +122,21 @@ class Linear(OneRow, PackedModule, nn.Linear):
     def _bind_row(self, dtype: torch.dtype) -> Any:
         weight = self.weight
         call = ops.matmul_row(weight, dtype, self.bias is not None, "none", self.activation)
-        return dtype, dispatch.generation(), call, weight.buffer.data_ptr()
+        return dtype, dispatch.generation(), call, weight.buffer.data_ptr(), weight.buffer
 
     def adopt(self, weight: PackedWeight) -> None:
         """Take another weight of the same shape."""
         self._lean = None
-        self.weight = LayerWeight.of(weight, self.weight.dtype)
-        self.code = torch_ops.weight_code(weight)
+        self.weight.become(weight)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         if x.shape == self._one and idle(x) and x.is_contiguous():
             bias: Tensor | None = self._parameters["bias"]
-            lean = self._lean
-            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
+            lean, buffer = self._lean, self.weight.buffer
+            if (
+                lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation()
+                or lean[4] is not buffer  # a shared weight changes with its owner
+            ):  # fmt: skip
                 lean = self._lean = self._bind_row(x.dtype)
             call, weight = lean[2], lean[3]
             if call is not None and (bias is None or bias.dtype is torch.float32):
@@ -146,7 +153,7 @@ class Linear(OneRow, PackedModule, nn.Linear):
             return torch_ops.matmul(x, self.weight, self.bias, self.activation)
         weight = self.weight
         return torch.ops.edgeformer.linear(
-            x, weight.buffer, self.bias, weight.n, self.code, self.activation, "none"
+            x, weight.buffer, self.bias, weight.n, weight.code, self.activation, "none"
         )
 
     def extra_repr(self) -> str:
@@ -154,13 +161,32 @@ class Linear(OneRow, PackedModule, nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={bias}, {self.weight.format.key()}"
 
 
+class HalfWeight(LayerWeight):
+    """The rows of a pair's gate or up projection, packed by themselves; assigned data reaches the pair."""
+
+    pair: LayerWeight
+    start: int = 0
+
+    @property
+    def data(self) -> Tensor:
+        """The values [N, K], a copy."""
+        return self.unpack().dequantize().to(self.dtype)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        LayerWeight.data.__set__(self, value)
+        both = self.pair.unpack()
+        other = both.slice_rows(self.n - self.start, 2 * self.n - self.start)
+        parts = [other, self.unpack()] if self.start else [self.unpack(), other]
+        joined = pack(CanonicalWeight.cat(parts), dispatch.current_target(), pair=True)
+        self.pair.buffer.copy_(joined.buffer)
+
+
 class Half(nn.Linear):
     """The gate or the up projection of a GatedMLP, by itself: for adapters and for whoever calls it alone.
 
     Its rows are packed once more when it is first called.
     """
-
-    weight: Any  # pyright: ignore
 
     def __init__(self, pair: LayerWeight, first: bool, activation: str) -> None:
         nn.Module.__init__(self)
@@ -171,17 +197,27 @@ class Half(nn.Linear):
         self._own: Linear | None = None
 
     @property
+    def weight(self) -> Any:  # pyright: ignore
+        """The half's weight, of which adapters ask the type and to which they add."""
+        return self.alone.weight
+
+    @property
     def alone(self) -> Linear:
         """This half as a linear layer of its own."""
         own = self.__dict__.get("_own")
         if own is None:
             half = self.out_features
             start = 0 if self.first else half
-            rows = self.pair.unpack().slice_rows(start, start + half)
-            weight = LayerWeight.of(pack(rows, dispatch.current_target()), self.pair.dtype)
+            packed = pack(self.pair.unpack().slice_rows(start, start + half), dispatch.current_target())
+            weight = HalfWeight(packed.buffer, packed.format, packed.n, packed.k, packed.layout)
+            weight.dtype, weight.code = self.pair.dtype, torch_ops.weight_code(packed)
+            weight.pair, weight.start = self.pair, start
             own = Linear(weight, None, activation=self.activation, saved=False)
             self.__dict__["_own"] = own
         return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_own": None}
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         return self.alone(x)
@@ -201,7 +237,6 @@ class GatedMLP(OneRow, PackedModule):
         self.gate, self.epilogue = gate, GATES[gate]
         self._one, self._out = (1, 1, pair.k), (1, 1, pair.n // 2)
         self.activation = activation
-        self.code = torch_ops.weight_code(pair)
         self.gate_proj: nn.Module = Half(pair, True, activation)
         self.up_proj: nn.Module = Half(pair, False, activation)
         self.down_proj = down
@@ -214,11 +249,9 @@ class GatedMLP(OneRow, PackedModule):
     def adopt(self, weight: PackedWeight) -> None:
         """Take another weight of the same shape."""
         self._lean = None
-        self.weight = LayerWeight.of(weight, self.weight.dtype)
-        self.code = torch_ops.weight_code(weight)
+        self.weight.become(weight)
         for half in (self.gate_proj, self.up_proj):
             if isinstance(half, Half):
-                half.pair = self.weight
                 half.__dict__["_own"] = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,7 +273,7 @@ class GatedMLP(OneRow, PackedModule):
             return self.down_proj(torch_ops.matmul(x, self.weight, None, self.activation, self.epilogue))
         weight = self.weight
         hidden = torch.ops.edgeformer.linear(
-            x, weight.buffer, None, weight.n, self.code, self.activation, self.epilogue
+            x, weight.buffer, None, weight.n, weight.code, self.activation, self.epilogue
         )
         return self.down_proj(hidden)
 
@@ -305,15 +338,15 @@ class Embedding(PackedModule):
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = weight.n, weight.k
         self.padding_idx = padding_idx
-        self.code = torch_ops.weight_code(weight)
 
     def adopt(self, weight: PackedWeight) -> None:
-        """Take another table of the same shape."""
-        self.weight = LayerWeight.of(weight, self.weight.dtype)
-        self.code = torch_ops.weight_code(weight)
+        """Take another table of the same shape, also for the head that shares it."""
+        self.weight.become(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.weight
         if direct(ids):
             return torch_ops.gather(ids, weight, weight.dtype)
-        return torch.ops.edgeformer.embedding(ids, weight.buffer, weight.n, weight.k, self.code, weight.dtype)
+        return torch.ops.edgeformer.embedding(
+            ids, weight.buffer, weight.n, weight.k, weight.code, weight.dtype
+        )

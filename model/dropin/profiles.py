@@ -44,11 +44,14 @@ def check_profile(profile: str) -> None:
 def choose_formats(
     candidates: list[Candidate],
     profile: str,
+    decodes: bool = True,
     sensitivity: Callable[[dict[str, list[Candidate]]], dict[str, float]] | None = None,
 ) -> dict[str, WeightFormat]:
     """Return the format of each candidate by name.
 
-    "exact" keeps each weight's own float type; "fast" is INT4 with tables in INT8; "balanced" starts there
+    "exact" keeps each weight's own float type; "fast" is INT4 with tables in INT8. "balanced" is INT8 for a
+    model that does not decode: its passes have many rows, and are bound by arithmetic and not by the bytes
+    of weights, so that INT4 would only cost quality. Else it starts as "fast",
     and spends a quarter more bytes on INT8 where a byte buys most: of weight error, or of what
     `sensitivity` measured (the loss of quality when those layers alone are INT4). See `by_role`.
     """
@@ -57,6 +60,8 @@ def choose_formats(
     formats = {c.name: INT8 if c.table else INT4 for c in candidates}
     if profile == "fast":
         return formats
+    if not decodes:
+        return dict.fromkeys(formats, INT8)
     groups = by_role([c for c in candidates if not c.table])
     gains = (sensitivity or _error_gains)(groups)
     values = {role: sum(c.weight.numel() for c in cs) for role, cs in groups.items()}

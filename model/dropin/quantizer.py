@@ -70,7 +70,10 @@ class Canonical(nn.Linear):
 
     def packed(self, activation: str) -> Linear:
         """Return the layer on the packed weight."""
-        weight = CanonicalWeight(self.fmt, self.codes, self.scale, getattr(self, "zero", None))  # pyright: ignore
+        kind = self.fmt.torch_scale_dtype
+        scale, zero = self.get_buffer("scale").to(kind), getattr(self, "zero", None)
+        zero = None if zero is None else zero.to(kind)
+        weight = CanonicalWeight(self.fmt, self.get_buffer("codes"), scale, zero)
         packed = LayerWeight.of(pack(weight, dispatch.current_target()), self.dtype)
         return Linear(packed, self.bias, activation=activation)
 

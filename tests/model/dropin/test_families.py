@@ -71,6 +71,7 @@ def test_a_decoder_gives_its_own_output(family: str, ids: torch.Tensor) -> None:
     require_all_ran(model, report, decode, 2, 1)
     assert torch.equal(generate(model, ids), text)
     assert torch.equal(generate(model, ids, attention_mask=padding), batch)
+    assert torch.equal(generate(model, ids[:1]), text[:1])  # one row: the bare calls
     report.undo()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, want)
