@@ -420,9 +420,6 @@ def attention_cached(
         return AttentionSpec(*shape, *types, mask, "blocked", *flags, bias_dtype=bias_name, math=math)
 
     bias_dtype = None if bias is None else bias.dtype
-    bare = bias is None and sinks is None and lengths is None and not window
-    if bare and mask == "none" and q.shape[2] == 1 and math == "float32":
-        return _decode_attention(q, cache, position, spec, softcap, scale, form)
     key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, bias_dtype, math, form)
     return _call(key, ATTENTION, spec, form)(
         q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
@@ -527,22 +524,34 @@ def sparse_mlp(
     return _call((*key, form), SPARSE_MLP, spec, form)(flat, gate_up, down, **options).view(x.shape)
 
 
-def _decode_attention(
-    q: torch.Tensor, cache: LayerKV, position: int, spec: Callable[[], AttentionSpec], softcap: float,
-    scale: float | None, form: str | None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention without a mask over a cache whose shapes its owner has checked: what each token does."""
-    heads, size = q.shape[1], q.shape[3]
+def decode_attention(
+    q: torch.Tensor, cache: LayerKV, position: int, *, softcap: float = 0.0, scale: float | None = None
+) -> torch.Tensor:
+    """Return attention of one query a row, q [B, Hq, 1, D] at `position`, over all that a cache holds.
+
+    The same as `attention_cached` without a mask, and without its checks: the owner of the cache has made it
+    for these heads.
+    """
     calls = cache.cache.bound_calls
-    key = ("attention", heads, size, q.dtype, softcap, form, dispatch.generation())
+    key = (q.shape, q.dtype, softcap, cache.k.shape[1], dispatch.generation())
     call = calls.get(key)
     if call is None:
-        call = calls[key] = bound(ATTENTION, spec(), form)
-    tk, fits = position + q.shape[2], q.dim() == 4 and q.shape[0] == cache.k.shape[0] and q.stride(3) == 1
-    bare = getattr(call, "unchecked", None)
-    run = bare if bare is not None and fits and tk <= cache.capacity else call
-    options = {} if cache.k_scale is None else {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-    return run(q, cache.k, cache.v, tk=tk, softcap=softcap, scale=scale, **options)[0]  # pyright: ignore
+        spec = AttentionSpec(
+            q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype, "none",
+            "blocked", softcap=bool(softcap),
+        )  # fmt: skip
+        call = calls[key] = bound(ATTENTION, spec)
+        call(q, cache.k, cache.v, tk=1, softcap=softcap, **_scales(cache))  # once with every check
+        call = calls[key] = getattr(call, "unchecked", call)
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    return call(
+        q, cache.k, cache.v, tk=position + 1, softcap=softcap, scale=scale, **_scales(cache)
+    )[0]  # fmt: skip
+
+
+def _scales(cache: LayerKV) -> dict[str, Any]:
+    return {} if cache.k_scale is None else {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
 
 
 def _fastest_math(q: torch.Tensor, kv_dtype: str, mask: str) -> str:

@@ -53,6 +53,12 @@ def attention(
     Raises UnsupportedError, naming the module, for a mask of the wrong shape.
     """
     cached = None if torch.compiler.is_compiling() else getattr(value, "edgeformer_layer", None)
+    if cached is not None and attention_mask is None and s_aux is None and not dropout:
+        out = cached.decode(query, scaling, softcap)
+        if out is not None:
+            if torch_ops._recorders:
+                torch_ops.note("attention layer", id(module), 1)
+            return out, None
     keys = value.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1

@@ -10,7 +10,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ...compiler.errors import UnsupportedError
 from ...kernels.attention.spec import KEY_BLOCK
+from ...runtime import ops
 from ...runtime.kv_cache import KVCache, LayerKV
+from ...runtime.torch_ops import idle
 from .attention import NAME
 
 _FIRST_CAPACITY = 256
@@ -55,7 +57,9 @@ class EdgeFormerLayer(CacheLayerMixin):
         self.owner.reserve(end, key_states, value_states)
         kv = self.kv
         kv.cache.length = max(kv.cache.length, self.length)
-        kv.append(key_states.detach(), value_states.detach(), self.length)
+        if torch.is_grad_enabled():
+            key_states, value_states = key_states.detach(), value_states.detach()
+        kv.append(key_states, value_states, self.length)
         self.length = end
         if not self.owner.handles:
             return self.dense()
@@ -63,6 +67,13 @@ class EdgeFormerLayer(CacheLayerMixin):
         value = value if value.dtype == self.dtype else value.to(self.dtype)
         value.edgeformer_layer = self  # pyright: ignore[reportAttributeAccessIssue]
         return self.owner.unreadable.expand(*kv.k.shape[:2], end, kv.k.shape[3]), value
+
+    def decode(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor | None:
+        """Return attention of one query a row [B, 1, H, Dv] over all tokens, or None for other queries."""
+        if query.shape[2] != 1 or not self.owner.aligned or not idle(query):
+            return None
+        out = ops.decode_attention(query, self.kv, self.length - 1, softcap=softcap or 0.0, scale=scale)
+        return out.transpose(1, 2)  # contiguous: the kernel writes [B, 1, H, Dv]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return keys [B, H, T, D] and values [B, H, T, Dv] in the model's dtype, copied out."""
@@ -153,6 +164,7 @@ class EdgeFormerCache(Cache):
         self.handles = text._attn_implementation == NAME
         self.kind = dtype
         self.store: KVCache | None = None
+        self.aligned = False  # whether the heads are what the kernels read
         self.unreadable = torch.full((), torch.nan)
         layers = [EdgeFormerLayer(self, i) for i in range(text.num_hidden_layers)]
         super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
@@ -166,6 +178,7 @@ class EdgeFormerCache(Cache):
         kind = self.kind or _OF_DTYPE.get(key.dtype)
         if kind is None:
             raise UnsupportedError(f"EdgeFormerCache: keys of {key.dtype}; use a float type")
+        self.aligned = key.shape[3] % 16 == 0 and value.shape[3] % 16 == 0
         if self.unreadable.dtype != key.dtype:
             self.unreadable = self.unreadable.to(key.dtype)
         rows, heads = key.shape[:2] if old is None else old.layer(0).k.shape[:2]
