@@ -265,10 +265,7 @@ class _Job:
         if not isinstance(head, Linear):
             self._left(entry, "the head that shares it was left")
             return
-        if table.max_norm is not None:
-            self._left(entry, "it renormalises its rows")
-            return
-        new = Embedding(head.weight, table.padding_idx).train(table.training)
+        new = Embedding(head.weight, table.padding_idx, entry.options["factor"]).train(table.training)
         head.saved = False  # one copy in the state dict
         self._replace(entry, new)
         self.report.rows.append(

@@ -537,8 +537,8 @@ def decode_attention(
     call = calls.get(key)
     if call is None:
         spec = AttentionSpec(
-            q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype, "none",
-            "blocked", softcap=bool(softcap),
+            q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype,
+            "none", "blocked", softcap=bool(softcap),
         )  # fmt: skip
         call = calls[key] = bound(ATTENTION, spec)
         call(q, cache.k, cache.v, tk=1, softcap=softcap, **_scales(cache))  # once with every check

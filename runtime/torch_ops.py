@@ -31,7 +31,10 @@ _LIBRARY = torch.library.Library("edgeformer", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, int n, str code, str activation, str epilogue) -> Tensor"
 )
-_LIBRARY.define("embedding(Tensor ids, Tensor weight, int n, int k, str code, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "embedding(Tensor ids, Tensor weight, int n, int k, str code, ScalarType dtype, float factor=1.0) "
+    "-> Tensor"
+)
 _LIBRARY.define(
     "norm(Tensor x, Tensor weight, Tensor? bias, float eps, str kind, float weight_offset) -> Tensor"
 )
@@ -198,19 +201,23 @@ def _linear_backward_fake(
     return grad.new_empty((*grad.shape[:-1], k)), grad.new_empty((n,), dtype=torch.float32)
 
 
-def _embedding(ids: Tensor, weight: Tensor, n: int, k: int, code: str, dtype: torch.dtype) -> Tensor:
-    return gather(ids, _packed(weight, n, k, code), dtype)
+def _embedding(
+    ids: Tensor, weight: Tensor, n: int, k: int, code: str, dtype: torch.dtype, factor: float = 1.0
+) -> Tensor:
+    return gather(ids, _packed(weight, n, k, code), dtype, factor)
 
 
-def gather(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def gather(ids: Tensor, weight: PackedWeight, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
     """Return `ops.embedding` in `dtype`, told to the recorders."""
     if _recorders:
         note("embedding", weight.buffer.data_ptr(), ids.numel())
-    rows = ops.embedding(ids, weight)
+    rows = ops.embedding(ids, weight, factor=factor)
     return rows if dtype == torch.float32 else rows.to(dtype)
 
 
-def _embedding_fake(ids: Tensor, weight: Tensor, n: int, k: int, code: str, dtype: torch.dtype) -> Tensor:
+def _embedding_fake(
+    ids: Tensor, weight: Tensor, n: int, k: int, code: str, dtype: torch.dtype, factor: float = 1.0
+) -> Tensor:
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 

@@ -74,17 +74,42 @@ def _classify(name: str, module: nn.Module, heads: dict[int, str]) -> Found | No
     if norm_like(module):
         reason, options = norm_options(module)
         return Found(name, module, "norm", reason, options=options)
-    if type(module) is nn.Embedding:
-        if id(module.weight) in heads:
-            return Found(
-                name, module, "embedding", unusable(module), options={"head": heads[id(module.weight)]}
-            )
-        return Found(name, module, "embedding", "a look-up of rows that no product shares")
+    if isinstance(module, nn.Embedding):
+        return _embedding(name, module, heads)
     own = [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
     if own:
         what = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own)
         return Found(name, module, "other", f"no operator covers {type(module).__name__} ({what})")
     return None
+
+
+def _embedding(name: str, module: nn.Embedding, heads: dict[int, str]) -> Found:
+    if id(module.weight) not in heads:
+        return Found(name, module, "embedding", "a look-up of rows that no product shares")
+    reason = unusable(module) or ("it renormalises its rows" if module.max_norm is not None else "")
+    factor = 1.0 if reason else embedding_factor(module)
+    if factor is None:
+        reason = f"{type(module).__name__} gives other rows than its table's"
+    return Found(
+        name, module, "embedding", reason, options={"head": heads[id(module.weight)], "factor": factor}
+    )
+
+
+@torch.no_grad()
+def embedding_factor(module: nn.Embedding) -> float | None:
+    """Return what a table's rows are multiplied by (Gemma scales them); None: it computes something else."""
+    ids = torch.arange(min(4, module.num_embeddings))
+    if type(module) is nn.Embedding:
+        return 1.0
+    try:
+        want = module(ids)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    rows = module.weight[ids]
+    if not isinstance(want, Tensor) or want.shape != rows.shape or not bool(rows.any()):
+        return None
+    factor = float((want.double() * rows.double()).sum() / rows.double().square().sum())
+    return factor if _same(want, rows * factor) else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -232,7 +257,7 @@ def _same(want: Any, got: Tensor) -> bool:
 
 def _tied(model: nn.Module) -> dict[int, str]:
     """Return, for each table that a linear layer shares, the layer's name."""
-    tables = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
         id(m.weight): name
         for name, m in model.named_modules()

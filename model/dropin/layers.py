@@ -330,14 +330,14 @@ class Norm(OneRow):
 
 
 class Embedding(PackedModule):
-    """Rows of a packed table: ids [...] -> [..., K] in the dtype that the table had."""
+    """Rows of a packed table times `factor`: ids [...] -> [..., K] in the dtype that the table had."""
 
     weight: LayerWeight
 
-    def __init__(self, weight: LayerWeight, padding_idx: int | None = None) -> None:
+    def __init__(self, weight: LayerWeight, padding_idx: int | None = None, factor: float = 1.0) -> None:
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = weight.n, weight.k
-        self.padding_idx = padding_idx
+        self.padding_idx, self.factor = padding_idx, factor
 
     def adopt(self, weight: PackedWeight) -> None:
         """Take another table of the same shape, also for the head that shares it."""
@@ -346,7 +346,7 @@ class Embedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.weight
         if direct(ids):
-            return torch_ops.gather(ids, weight, weight.dtype)
+            return torch_ops.gather(ids, weight, weight.dtype, self.factor)
         return torch.ops.edgeformer.embedding(
-            ids, weight.buffer, weight.n, weight.k, weight.code, weight.dtype
+            ids, weight.buffer, weight.n, weight.k, weight.code, weight.dtype, self.factor
         )
