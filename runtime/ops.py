@@ -533,7 +533,7 @@ def decode_attention(
     for these heads.
     """
     calls = cache.cache.bound_calls
-    key = (q.shape, q.dtype, softcap, cache.k.shape[1], dispatch.generation())
+    key = (q.shape, q.dtype, softcap, cache.k.shape[:2], dispatch.generation())
     call = calls.get(key)
     if call is None:
         spec = AttentionSpec(
