@@ -157,6 +157,8 @@ class EdgeFormerCache(Cache):
     Raises UnsupportedError for an encoder-decoder's configuration.
     """
 
+    layers: list[EdgeFormerLayer]  # pyright: ignore
+
     def __init__(self, config: Any, dtype: str | None = None) -> None:
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):

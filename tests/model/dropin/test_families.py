@@ -14,6 +14,8 @@ from edgeformer.runtime.torch_ops import record_calls
 
 from .conftest import CAUSAL, ENCODERS, VOCAB, relative
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 2e-4  # exact weights, fp32: only the order of additions differs
 
 

@@ -19,6 +19,8 @@ from edgeformer.model.dropin.layers import GatedMLP, Linear, Norm
 
 from .conftest import CAUSAL, VOCAB, relative
 
+pytestmark = pytest.mark.slow
+
 
 class Plain(nn.Module):
     """No transformers model: a norm, two linear layers and a gated MLP."""

@@ -15,6 +15,8 @@ from edgeformer.model.dropin.layers import Linear
 
 from .conftest import CAUSAL, relative
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 
 
