@@ -272,9 +272,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--table", type=Path, help="write the figures of the first type as Markdown")
     parser.add_argument("--json", type=Path, help="write all figures")
+    parser.add_argument(
+        "--read", nargs="*", type=Path, default=[], help="take figures of earlier --json files"
+    )
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for dtype in options.dtype:
+    rows: list[dict[str, Any]] = [
+        row for path in options.read for row in json.loads(path.read_text())["kernels"]
+    ]
+    for dtype in [] if options.read else options.dtype:
         for arch in options.arch:
             found = check(arch, dtype, options.only)
             rows += found

@@ -22,25 +22,25 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "rdna4": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
     },
     "attention_forward_256": {
-        "hopper": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "hopper": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         "ampere": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         "cdna": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        "rdna3": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
+        "rdna3": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "waves_per_eu": 2},
         "rdna4": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "attention_grad_q": {
         "hopper": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "ampere": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "cdna": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        "rdna3": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "waves_per_eu": 1},
+        "rdna3": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
         "rdna4": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "attention_grad_kv": {
         "hopper": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         "ampere": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
         "cdna": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "rdna3": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        "rdna4": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        "rdna3": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        "rdna4": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "attention_decode": {
         "hopper": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -56,9 +56,13 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "rdna3": {"passes": 2, "BLOCK_R": 64, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         "rdna4": {"passes": 2, "BLOCK_R": 64, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     },
-    "matvec": dict.fromkeys(  # noqa: RUF024
-        ("hopper", "ampere", "cdna", "rdna3", "rdna4"), {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
-    ),
+    "matvec": {
+        "hopper": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "ampere": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "cdna": {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+        "rdna3": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        "rdna4": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    },
     "matmul_few": {
         "hopper": {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         "ampere": {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -69,7 +73,7 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "matmul": {
         "hopper": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         "ampere": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-        "cdna": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "cdna": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "rdna3": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         "rdna4": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     },
