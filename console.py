@@ -109,6 +109,11 @@ def print_report(model: LanguageModel) -> None:
     """Say for every layer what ran it, with which configuration, and who declined why."""
     console = stderr()
     console.print(report_table(model.report()))
+    for row in model.types:
+        console.print(
+            f"{row['type']}: {row['tensors']} tensors, {row['bits']:.4g} bits a weight "
+            f"({row['bits_in_file']:.4g} in the file), values {row['values']}"
+        )
     declined = model.whole_step_declined
     console.print(
         f"decode runs op by op: {declined}" if declined else "decode runs in one native call a step"

@@ -204,6 +204,7 @@ def phase_limits(model: Any, test: Any, limits: Limits) -> dict[str, float]:
     from ..kernels.attention.spec import causal_pairs
 
     program, layers = model.step.program, model.config.num_layers
+    kinds = program.spec.layers
     m = 1 if test.kind == "tg" else test.tokens
     total = model.memory()["weights"]
     cached = total <= detect().l3
@@ -214,10 +215,13 @@ def phase_limits(model: Any, test: Any, limits: Limits) -> dict[str, float]:
         memory = 0.0 if cached else nbytes / limits.read_bandwidth
         return max(memory, operations / rate if rate else 0.0)
 
-    found = {}
-    for name in ("qkv", "o", "gate_up", "down"):
-        problem = program.spec.matmul(name)
-        found[name] = layers * least(problem.weight_bytes(), problem.operations(m), peak)
+    found = dict.fromkeys(("qkv", "o", "gate_up", "down"), 0.0)
+    for kind in program.kinds:
+        for name in ("qkv", "values", "o", "gate_up", "down"):
+            if name != "values" or kinds[kind].values is not None:
+                problem = program.spec.matmul(name, kind)
+                seconds = least(problem.weight_bytes(), problem.operations(m), peak)
+                found["qkv" if name == "values" else name] += seconds
     head = program.spec.matmul("head")
     if test.kind == "tg":
         found["head, launch"] = least(head.weight_bytes(), head.operations(1), peak)

@@ -15,7 +15,7 @@ from ..kernels.decoder_step import LAYER_VECTORS, LAYER_WEIGHTS, TVM_CPU, Decode
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
-from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram
+from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram, layer_formats
 from .config import ModelConfig
 from .decoder import Block, Decoder
 from .layers import GATES
@@ -25,16 +25,9 @@ _KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 
 
 def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
-    """Return the whole step's problem. Raises EdgeFormerError where the layers differ in format."""
+    """Return the whole step's problem: a kind of layer for each combination of formats that occurs."""
     c = decoder.config
-    blocks = [layer for layer in decoder.layers if isinstance(layer, Block)]
-
-    def one(name: str) -> object:
-        found = {getattr(block, name).weight.format for block in blocks}
-        if len(found) != 1:
-            raise EdgeFormerError(f"the layers hold {name} in {len(found)} formats")
-        return found.pop()
-
+    kinds = dict.fromkeys(layer_formats(layer_handles(x)) for x in decoder.layers if isinstance(x, Block))
     return DecoderStepSpec(
         hidden=c.hidden_size,
         intermediate=c.intermediate_size,
@@ -43,10 +36,7 @@ def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
         num_kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
         eps=c.norm_eps,
-        qkv=one("qkv"),  # pyright: ignore[reportArgumentType]
-        o=one("o"),  # pyright: ignore[reportArgumentType]
-        gate_up=one("gate_up"),  # pyright: ignore[reportArgumentType]
-        down=one("down"),  # pyright: ignore[reportArgumentType]
+        layers=tuple(kinds),
         embed=decoder.embed.weight.format,
         head=decoder.head.weight.format,
         embed_layout=decoder.embed.weight.layout,
@@ -74,8 +64,8 @@ def layer_handles(block: Block) -> dict[str, Tensor | PackedWeight | int | None]
     norms = {name: getattr(block, name) for name in LAYER_VECTORS if name.endswith("norm")}
     products = {name: getattr(block, name) for name in LAYER_WEIGHTS}
     return {
-        **{name: product.weight for name, product in products.items()},
-        **{f"{name}_bias": product.bias for name, product in products.items()},
+        **{name: product and product.weight for name, product in products.items()},
+        **{f"{name}_bias": product and product.bias for name, product in products.items()},
         **{name: None if norm is None else norm.weight for name, norm in norms.items()},
         "window": block.window,
         "rope": block.rope_kind,
@@ -153,9 +143,7 @@ class CompiledDecoder:
 def chunk_spec(decoder: Decoder, kv: str, target: Target) -> DecoderStepSpec | None:
     """Return the problem of long chunks where it is another than the step's: "auto" on a matrix unit."""
     spec = step_spec(decoder, kv)
-    fastest = {
-        fastest_activation(MAX_ROWS + 1, f, target) for f in (spec.qkv, spec.o, spec.gate_up, spec.down)
-    }
+    fastest = {fastest_activation(MAX_ROWS + 1, f, target) for kind in spec.layers for f in kind.all()}
     if decoder.head.activation != "auto" or fastest != {"bfloat16"}:
         return None
     math = fastest_math(MAX_ROWS + 1, spec.kv_dtype, target)

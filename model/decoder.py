@@ -15,7 +15,7 @@ from ..runtime import ops
 from ..runtime.kv_cache import KVCache, LayerKV
 from .config import ModelConfig
 from .layers import Embedding, QuantLinear, RMSNorm
-from .requantise import common_format, requantise
+from .requantise import common_format, requantise, values_apart
 
 
 class Checkpoint(Protocol):
@@ -71,23 +71,32 @@ class Decoder(nn.Module):
             )
         config, arena = checkpoint.config, Arena()
 
-        def table(name: str) -> CanonicalWeight:
+        def read(name: str) -> CanonicalWeight:
             return requantise(checkpoint.weight(name), quantize, name)
 
         def linear(
-            *names: str, biased: bool = False, residual: bool = False, pair: bool = False
-        ) -> QuantLinear:
-            parts = common_format([requantise(checkpoint.weight(name), quantize, name) for name in names])
+            *names: str, biased: bool = False, residual: bool = False, pair: bool = False,
+            parts: list[CanonicalWeight] | None = None,
+        ) -> QuantLinear:  # fmt: skip
+            parts = common_format(parts or [read(name) for name in names])
             joined = parts[0] if len(parts) == 1 else CanonicalWeight.cat(parts)
             weight = pack(joined, target, pair, arena)
             bias = torch.cat([checkpoint.vector(f"{name}_bias") for name in names]) if biased else None
             return QuantLinear(weight, bias=bias, activation=activation, residual=residual,
                                gate=config.activation, target=target)  # fmt: skip
 
+        def heads(at: str) -> dict[str, QuantLinear | None]:
+            """Queries, keys and values as one product; as two where the values have another format."""
+            names = [at + part for part in "qkv"]
+            parts = [read(name) for name in names]
+            biased, cut = config.attention_bias, 2 if values_apart([part.format for part in parts]) else 3
+            values = linear(*names[2:], biased=biased, parts=parts[2:]) if cut == 2 else None
+            return {"qkv": linear(*names[:cut], biased=biased, parts=parts[:cut]), "values": values}
+
         def norm(name: str) -> RMSNorm:
             return RMSNorm(checkpoint.vector(name), config.norm_eps)
 
-        embed = Embedding(pack(table("embed"), target, arena=arena), config.embedding_scale, target=target)
+        embed = Embedding(pack(read("embed"), target, arena=arena), config.embedding_scale, target=target)
         layers = []
         for i in range(config.num_layers):
             at, plain = f"layers.{i}.", not config.post_norms  # a plain product adds the residual itself
@@ -96,7 +105,7 @@ class Decoder(nn.Module):
                     config,
                     i,
                     attn_norm=norm(at + "attn_norm"),
-                    qkv=linear(at + "q", at + "k", at + "v", biased=config.attention_bias),
+                    **heads(at),
                     q_norm=norm(at + "q_norm") if config.qk_norm else None,
                     k_norm=norm(at + "k_norm") if config.qk_norm else None,
                     o=linear(at + "o", biased=config.o_bias, residual=plain),
@@ -110,7 +119,7 @@ class Decoder(nn.Module):
             if progress is not None:
                 progress(i + 1, config.num_layers)
         tied = config.tie_embeddings
-        head_weight = embed.weight if tied else pack(table("head"), target, arena=arena)
+        head_weight = embed.weight if tied else pack(read("head"), target, arena=arena)
         head = QuantLinear(head_weight, activation=activation, softcap=config.logit_softcap, target=target,
                            saved=not tied)  # fmt: skip
         return Decoder(config, embed, layers, norm("norm"), head, context or config.max_context)
@@ -166,10 +175,12 @@ class Block(nn.Module):
     """Attention and gated MLP, each behind its norm, each adding to the residual.
 
     The last product of a plain one adds the residual itself; with post norms its result passes one first.
+    ``values`` is None where one weight, ``qkv``, holds queries, keys and values.
     """
 
     def __init__(
         self, config: ModelConfig, layer: int, *, attn_norm: RMSNorm, qkv: QuantLinear,
+        values: QuantLinear | None,
         q_norm: RMSNorm | None, k_norm: RMSNorm | None, o: QuantLinear, attn_post_norm: RMSNorm | None,
         mlp_norm: RMSNorm, gate_up: QuantLinear, down: QuantLinear, mlp_post_norm: RMSNorm | None,
     ) -> None:  # fmt: skip
@@ -179,6 +190,7 @@ class Block(nn.Module):
         self.rope_kind = config.rope_kind(layer)
         self.attn_norm = attn_norm
         self.qkv = qkv
+        self.values = values
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.o = o
@@ -193,7 +205,11 @@ class Block(nn.Module):
     ) -> Tensor:
         c = self.config
         batch, length, _ = x.shape
-        heads = self.qkv(self.attn_norm(x)).view(batch, length, -1, c.head_dim).transpose(1, 2)
+        normed = self.attn_norm(x)
+        heads = self.qkv(normed)
+        if self.values is not None:
+            heads = torch.cat([heads, self.values(normed)], dim=-1)
+        heads = heads.view(batch, length, -1, c.head_dim).transpose(1, 2)
         q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)  # [B, H, T, D]
         qk = heads[:, : c.num_heads + c.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:

@@ -155,7 +155,11 @@ def _reference_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     def values(layer: PackedModule) -> Tensor:
         return layer.weight.unpack().dequantize()
 
-    qkv, o, gate_up, down = (values(layer) for layer in (block.qkv, block.o, block.gate_up, block.down))
+    o, gate_up, down = (values(layer) for layer in (block.o, block.gate_up, block.down))
+    heads_of = [block.qkv] if block.values is None else [block.qkv, block.values]
+    qkv = torch.cat([values(layer) for layer in heads_of])
+    biases = [layer.bias for layer in heads_of if layer.bias is not None]
+    qkv_bias = torch.cat(biases) if biases else None
     gated = F.silu if c.activation == "silu" else partial(F.gelu, approximate="tanh")
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -167,7 +171,7 @@ def _reference_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         normed = _reference_norm(block.attn_norm, x)
-        heads = F.linear(normed, qkv, block.qkv.bias).view(len(x), -1, c.head_dim).transpose(0, 1)
+        heads = F.linear(normed, qkv, qkv_bias).view(len(x), -1, c.head_dim).transpose(0, 1)
         q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads])
         if block.q_norm is not None and block.k_norm is not None:
             q, k = _reference_norm(block.q_norm, q), _reference_norm(block.k_norm, k)

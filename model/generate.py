@@ -35,6 +35,7 @@ class LanguageModel:
         self.decoder = decoder
         self.step: Callable[..., Tensor] = decoder  # runs a chunk; a compiled program may take its place
         self.whole_step_declined = "not asked for"  # why decode runs op by op; "" when it does not
+        self.types: list[dict[str, Any]] = []  # how each type of tensor of the file is held
         self.config = decoder.config
         self.context = decoder.context
         self.path = path

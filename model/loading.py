@@ -145,6 +145,7 @@ def load_checkpoint(
         decoder, checkpoint.path, checkpoint.metadata, needed, target=target, threads=count, kv=kv,
         tokenizer=getattr(checkpoint, "tokenizer", None),
     )  # fmt: skip
+    model.types = getattr(checkpoint, "types", list)()
     if whole_step:
         compiled, model.whole_step_declined = compile_decoder(decoder, target, kv)
         if compiled is not None:

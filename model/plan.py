@@ -11,7 +11,7 @@ from ..kernels.quant_matmul import WeightFormat
 from ..kernels.quant_matmul.packing import BLOCK, Geometry
 from ..runtime.kv_cache import KVCache
 from .config import ModelConfig
-from .requantise import joined_format, requested_format
+from .requantise import joined_format, requested_format, values_apart
 
 FLOAT = 4  # bytes: activations are float32
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more and the caller names none
@@ -107,7 +107,10 @@ def weight_bytes(checkpoint: WeightSource, quantize: str | None) -> int:
     total = sum(matrix(name) for name in ("embed", "head") if name in shapes)
     for layer in range(config.num_layers):
         at = f"layers.{layer}."
-        total += matrix(at + "q", at + "k", at + "v") + matrix(at + "o")
+        heads = [at + part for part in "qkv"]
+        apart = values_apart([requested_format(checkpoint.format(name), quantize, name) for name in heads])
+        total += matrix(*heads[:2]) + matrix(heads[2]) if apart else matrix(*heads)
+        total += matrix(at + "o")
         total += matrix(at + "gate", at + "up", pair=True) + matrix(at + "down")
     return total + sum(config.vectors().values()) * FLOAT
 

@@ -67,10 +67,15 @@ def joined_format(formats: list[WeightFormat]) -> WeightFormat:
     first = formats[0]
     if all(fmt == first for fmt in formats):
         return first
-    plain = all(not fmt.is_float and fmt.zero in ("none", "constant") for fmt in formats)
+    plain = all(not f.is_float and f.zero in ("none", "constant") and not f.block_size for f in formats)
     if plain and len({(fmt.group_size, fmt.scale_dtype) for fmt in formats}) == 1:
         return WeightFormat.int8(first.group_size, scale_dtype=first.scale_dtype)
     return WeightFormat.float("float32")
+
+
+def values_apart(formats: list[WeightFormat]) -> bool:
+    """Whether the values of [queries, keys, values] are a weight of their own: their format is another."""
+    return joined_format(formats[:2]) != formats[2]
 
 
 def common_format(weights: list[CanonicalWeight]) -> list[CanonicalWeight]:

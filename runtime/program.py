@@ -11,7 +11,15 @@ from torch import Tensor
 from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
 from ..compiler.target import Target
 from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes, prefill_area
-from ..kernels.decoder_step import LAYER_CACHES, LAYER_NUMBERS, LAYER_SLOTS, TVM_CPU, DecoderStepSpec
+from ..kernels.decoder_step import (
+    LAYER_CACHES,
+    LAYER_NUMBERS,
+    LAYER_SLOTS,
+    LAYER_WEIGHTS,
+    TVM_CPU,
+    DecoderStepSpec,
+    LayerFormats,
+)  # fmt: skip
 from ..kernels.decoder_step.workspace import BARRIER_BYTES, chunk_area, thread_area
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
@@ -76,8 +84,10 @@ class StepProgram:
         self._handles = [dict(layer) for layer in layers]
         self._table = torch.zeros(self.layers, len(LAYER_SLOTS), dtype=torch.int64)
         self._table[:, LAYER_SLOTS.index("window")] = _NO_WINDOW
+        self.kinds = [spec.layers.index(layer_formats(handles)) for handles in self._handles]
         for row, handles in enumerate(self._handles):
-            for name, value in handles.items():
+            self.bind_handle(row, "kind", self.kinds[row])
+            for name, value in list(handles.items()):
                 self.bind_handle(row, name, value)
         self._cache: KVCache | None = None
         self._threads = self._asked = 0
@@ -88,7 +98,7 @@ class StepProgram:
         if name not in LAYER_SLOTS:
             raise UnsupportedError(f"a layer has no handle {name!r}; handles: {', '.join(LAYER_SLOTS)}")
         if isinstance(value, PackedWeight):
-            problem = self.spec.matmul(name)
+            problem = self.spec.matmul(name, self.kinds[layer])
             if (value.n, value.k, value.format) != (problem.n, problem.k, problem.weight):
                 raise UnsupportedError(
                     f"{name} of layer {layer} is {value!r}, the program wants {problem.key()}"
@@ -259,6 +269,12 @@ class StepProgram:
         self._addresses = [base + o for o in offsets[:5]]
         self._work, self._attention, self._barrier = (base + o for o in offsets[5:8])
         self._threads, self._keys = threads, keys
+
+
+def layer_formats(handles: dict[str, Any]) -> LayerFormats:
+    """Return the formats of a layer's weights."""
+    formats = {name: handles[name].format for name in LAYER_WEIGHTS if handles.get(name) is not None}
+    return LayerFormats(**formats)
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:

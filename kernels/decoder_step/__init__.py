@@ -9,11 +9,19 @@ from ...compiler.target import Target
 from ..attention.space import space as attention_space
 from ..quant_matmul.space import prefetches
 from ..shared.isa.table import MATRIX, TABLE
-from .spec import LAYER_CACHES, LAYER_NUMBERS, LAYER_SLOTS, LAYER_VECTORS, LAYER_WEIGHTS, DecoderStepSpec
+from .spec import (
+    LAYER_CACHES,
+    LAYER_NUMBERS,
+    LAYER_SLOTS,
+    LAYER_VECTORS,
+    LAYER_WEIGHTS,
+    DecoderStepSpec,
+    LayerFormats,
+)  # fmt: skip
 
 __all__ = [
     "LAYER_CACHES", "LAYER_NUMBERS", "LAYER_SLOTS", "LAYER_VECTORS", "LAYER_WEIGHTS", "TVM_CPU",
-    "DecoderStepSpec",
+    "DecoderStepSpec", "LayerFormats",
 ]  # fmt: skip
 
 
@@ -22,7 +30,7 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
         return Declined(f"{target.name} lists no tvm_llvm back end")
     if spec.head_dim % 32:
         return Declined(f"heads of {spec.head_dim} are not whole blocks of 32 columns")
-    formats = (spec.qkv, spec.o, spec.gate_up, spec.down, spec.embed, spec.head)
+    formats = (*(f for kind in spec.layers for f in kind.all()), spec.embed, spec.head)
     if any(f.bits == 8 and f.zero in ("integer", "minimum") for f in formats):
         return Declined("8-bit weights with a stored zero have no kernel")
     if "bfloat16" in (spec.activation, spec.math) and target.isa not in MATRIX:

@@ -8,15 +8,40 @@ from ..attention.spec import AttentionSpec
 from ..quant_matmul.spec import QuantMatmulSpec
 from ..quant_matmul.weight_format import WeightFormat
 
-LAYER_WEIGHTS = ("qkv", "o", "gate_up", "down")
+LAYER_WEIGHTS = ("qkv", "values", "o", "gate_up", "down")
 LAYER_VECTORS = (
     "attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm",
-    "qkv_bias", "o_bias", "gate_up_bias", "down_bias",
+    "qkv_bias", "values_bias", "o_bias", "gate_up_bias", "down_bias",
 )  # fmt: skip
 LAYER_CACHES = ("k", "v", "k_scale", "v_scale")
-LAYER_NUMBERS = ("window", "rope")  # keys that a query sees, and which of the rotary tables turns its heads
+# Keys that a query sees, which of the rotary tables turns its heads, which of the spec's formats it has.
+LAYER_NUMBERS = ("window", "rope", "kind")
 # What the layer table holds of each layer, int64 each: addresses (0: absent), then numbers.
 LAYER_SLOTS = (*LAYER_WEIGHTS, *LAYER_VECTORS, *LAYER_CACHES, *LAYER_NUMBERS)
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """The formats of one kind of layer's weights.
+
+    `values` is the format of the value rows where it is another than that of queries and keys: then `qkv` is
+    queries and keys alone. None: all three are one weight.
+    """
+
+    qkv: WeightFormat
+    o: WeightFormat
+    gate_up: WeightFormat
+    down: WeightFormat
+    values: WeightFormat | None = None
+
+    def all(self) -> tuple[WeightFormat, ...]:
+        """Return the formats."""
+        found = (self.qkv, self.o, self.gate_up, self.down)
+        return found if self.values is None else (*found, self.values)
+
+    def key(self) -> str:
+        """One line that names them."""
+        return " ".join(f.key() for f in self.all())
 
 
 @dataclass(frozen=True)
@@ -31,8 +56,8 @@ class DecoderStepSpec:
     Weights and caches are arguments bound by handle: a table of int64 addresses, one row a layer; the
     number of layers, rows (batch x tokens), the position and the number of threads are run-time
     arguments. With activation "bfloat16" products are a matrix unit's, with math "bfloat16" (see
-    AttentionSpec) attention is, for many rows. Norm weights are fp32, hidden states fp32 [M, hidden]. All
-    layers share these formats.
+    AttentionSpec) attention is, for many rows. Norm weights are fp32, hidden states fp32 [M, hidden].
+    `layers` are the kinds of layers that there are; the table says which one each is.
     """
 
     hidden: int
@@ -42,10 +67,7 @@ class DecoderStepSpec:
     num_kv_heads: int
     head_dim: int
     eps: float
-    qkv: WeightFormat
-    o: WeightFormat
-    gate_up: WeightFormat
-    down: WeightFormat
+    layers: tuple[LayerFormats, ...]
     embed: WeightFormat
     head: WeightFormat
     embed_layout: str
@@ -70,9 +92,8 @@ class DecoderStepSpec:
     def key(self) -> str:
         """One line that names the problem."""
         heads = f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}"
-        formats = " ".join(
-            f.key() for f in (self.qkv, self.o, self.gate_up, self.down, self.embed, self.head)
-        )
+        kinds = " | ".join(kind.key() for kind in self.layers)
+        formats = f"{kinds} {self.embed.key()} {self.head.key()}"
         flags = f"{'interleaved ' if self.rope_interleaved else ''}{'bias ' if self.qkv_bias else ''}"
         return (
             f"{self.hidden} {self.intermediate} {self.vocab} {heads} rotary={self.rotary_dim} "
@@ -97,17 +118,35 @@ class DecoderStepSpec:
         """Columns of the attention's output."""
         return self.num_heads * self.head_dim
 
-    def matmul(self, name: str) -> QuantMatmulSpec:
-        """Return the problem of one of the step's products: qkv, o, gate_up, down or head."""
+    @property
+    def values_columns(self) -> int:
+        """Columns of the values: the last of the fused product's."""
+        return self.num_kv_heads * self.head_dim
+
+    def matmul(self, name: str, kind: int = 0) -> QuantMatmulSpec:
+        """Return the problem of one of the step's products: head, or a weight of a kind of layer."""
         d, f, plain = self.hidden, self.intermediate, not self.post_norms
+        has = self.layers[kind]
+        split = self.values_columns if has.values else 0
+        values = has.values or has.qkv
         make = lambda n, k, fmt, **more: QuantMatmulSpec(n, k, fmt, self.activation, **more)  # noqa: E731
         return {
-            "qkv": lambda: make(self.qkv_columns, d, self.qkv, bias=self.qkv_bias),
-            "o": lambda: make(d, self.attention_columns, self.o, bias=self.o_bias, residual=plain),
-            "gate_up": lambda: make(2 * f, d, self.gate_up, epilogue=f"{self.gate}_pair", bias=self.mlp_bias),
-            "down": lambda: make(d, f, self.down, bias=self.mlp_bias, residual=plain),
+            "qkv": lambda: make(self.qkv_columns - split, d, has.qkv, bias=self.qkv_bias),
+            "values": lambda: make(self.values_columns, d, values, bias=self.qkv_bias),
+            "o": lambda: make(d, self.attention_columns, has.o, bias=self.o_bias, residual=plain),
+            "gate_up": lambda: make(2 * f, d, has.gate_up, epilogue=f"{self.gate}_pair", bias=self.mlp_bias),
+            "down": lambda: make(d, f, has.down, bias=self.mlp_bias, residual=plain),
             "head": lambda: make(self.vocab, d, self.head, softcap=self.logit_softcap),
         }[name]()
+
+    def products(self) -> list[QuantMatmulSpec]:
+        """Return the problems of the products of every kind of layer."""
+        return [
+            self.matmul(name, kind)
+            for kind, formats in enumerate(self.layers)
+            for name in LAYER_WEIGHTS
+            if name != "values" or formats.values is not None
+        ]
 
     def attention(self) -> AttentionSpec:
         """Return the attention's problem over the blocked cache."""

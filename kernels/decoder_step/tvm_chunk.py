@@ -11,7 +11,7 @@ from typing import Any
 from ..attention.tvm_cpu import prefill_emitter
 from ..norm.spec import NormSpec
 from ..norm.tvm_emit import NormRow
-from ..quant_matmul.sizes import padded_k
+from ..quant_matmul.sizes import padded_k, uses_matrix
 from ..quant_matmul.tvm_cpu import many_share, prepare_many
 from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
 from ..quant_matmul.tvm_cpu_matrix import tile_sink
@@ -50,10 +50,8 @@ class Chunk(Step):
 
     def _layer(self, at: dict[str, Any]) -> None:
         k, spec = self.kernel, self.spec
-        bias = tir.buffer_at(at["qkv_bias"], "float32")
-        qkv = self._context("qkv", {"w": at["qkv"], "y": k["qkv"], "bias": bias})
-        self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
-        self._claimed(qkv)
+        for kind in self._kinds(at, "qkv", "values"):
+            self._qkv_products(at, kind)
         first, last = shared_range(self.m, self.thread, k["threads"])
         with tir.loop(tir.let(last - first)) as i:
             heads = T.int64(spec.num_heads + 2 * spec.num_kv_heads)
@@ -66,41 +64,51 @@ class Chunk(Step):
         self._many_product(at, "o", k["attended"], "attn_post_norm")
 
         gated = tir.buffer_at(k["gated"], "float32")
-        bias = tir.buffer_at(at["gate_up_bias"], "float32")
-        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": gated, "bias": bias})
-        down = spec.matmul("down")
-        tiled = gate_up.matrix and padded_k(down) == down.k
-        if tiled:
-            gate_up.sink = tile_sink(self.isa, k["gated"], down.k)
-        self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
-        self._claimed(gate_up)
+        downs = [spec.matmul("down", kind) for kind in range(len(spec.layers))]
+        tiled = all(uses_matrix(down) and padded_k(down) == down.k for down in downs)
+        for kind in self._kinds(at, "gate_up"):
+            gate_up = self._gate_up(at, kind, gated)
+            if tiled:
+                gate_up.sink = tile_sink(self.isa, k["gated"], spec.intermediate)
+            self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
+            self._claimed(gate_up)
         self._many_product(at, "down", None if tiled else gated, "mlp_post_norm")
+
+    def _qkv_products(self, at: dict[str, Any], kind: int) -> None:
+        norm, prepared = tir.buffer_at(at["attn_norm"], "float32"), 0
+        for name, _, _ in self._head_parts(kind):
+            context = self._qkv(at, name, kind)
+            if not context.matrix or context.k_padded != prepared:  # int8 codes depend on the weight's groups
+                self._normed_rows(norm, context)
+            prepared = context.k_padded
+            self._claimed(context)
 
     def _between_layers(self, layer: Any) -> None:
         """Nothing: a layer's last product ends with a barrier."""
 
     def _many_product(self, at: dict[str, Any], name: str, source: Any, post_norm: str) -> None:
         """Emit x += source @ W.T (or norm of it); without a source its tiles stand in `gated`."""
-        context = self._added_product(at, name, source)
-        if source is None:
-            context.kernel["codes"] = self.kernel["gated"]
-        else:
-            with self._own_rows(context) as row:
-                prepare_many(context, row)
-            self._barrier()
-        self._claimed(context)
+        for kind in self._kinds(at, name):
+            context = self._added_product(at, name, source, kind)
+            if source is None:
+                context.kernel["codes"] = self.kernel["gated"]
+            else:
+                with self._own_rows(context) as row:
+                    prepare_many(context, row)
+                self._barrier()
+            self._claimed(context)
         if self.spec.post_norms:  # each thread's rows are those that it normalises next: no barrier
             weight = tir.buffer_at(at[post_norm], "float32")
-            with self._own_rows(context) as row, tir.when(row < self.m):
+            with self._own_rows(self.current) as row, tir.when(row < self.m):
                 self._add_normed(row, weight)
 
     def _claimed(self, context: Context) -> None:
         many_share(context, self.thread)
         self._barrier()
 
-    def _context(self, name: str, buffers: dict[str, Any]) -> Context:
+    def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         more = {"panel": self.panels, "counter": self.claims}
-        return super()._context(name, more | buffers)
+        return super()._context(name, more | buffers, kind)
 
     def _own_rows(self, context: Context) -> Any:
         """Loop over this thread's share of the rows, padding included."""

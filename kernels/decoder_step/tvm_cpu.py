@@ -6,7 +6,7 @@ every thread for itself: that costs less than a barrier.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...compiler.target import Target
@@ -114,21 +114,17 @@ class Step:
         """Emit the barrier behind a layer, the next one's first weight on its way."""
         k, slots = self.kernel, len(LAYER_SLOTS)
         with tir.when(layer + 1 < k["layers"]):
-            following = tir.let(tir.load(k["table"], (layer + 1) * slots + LAYER_SLOTS.index("qkv")))
-            self._ahead("qkv", following, self.spec.head_dim // BLOCK)
+            entry = lambda name: tir.let(  # noqa: E731
+                tir.load(k["table"], (layer + 1) * slots + LAYER_SLOTS.index(name))
+            )
+            self._ahead({name: entry(name) for name in ("qkv", "kind")}, "qkv", self.spec.head_dim // BLOCK)
         self._barrier()
 
     def _layer(self, at: dict[str, Any]) -> None:
-        k, spec, thread = self.kernel, self.spec, self.thread
-        qkv = self._context(
-            "qkv", {"w": at["qkv"], "y": k["qkv"], "bias": tir.buffer_at(at["qkv_bias"], "float32")}
-        )
-        self._normed_rows(tir.buffer_at(at["attn_norm"], "float32"), qkv)
-        direct_share(qkv, thread, self._prefetch(), together=spec.head_dim // BLOCK)
-        first, last = shared_range(spec.num_heads + 2 * spec.num_kv_heads, thread, k["threads"])
-        with tir.loop(self.m) as row:
-            self._rotate_and_append(at, row, first, last)
-        self._ahead("o", at["o"])
+        k, thread = self.kernel, self.thread
+        for kind in self._kinds(at, "qkv", "values"):
+            self._heads(at, kind)
+        self._ahead(at, "o")
         self._barrier()
 
         decode = Decode(
@@ -143,33 +139,81 @@ class Step:
         self._barrier()
 
         self._product(at, "o", k["attended"], "attn_post_norm")
-        self._ahead("gate_up", at["gate_up"])
+        self._ahead(at, "gate_up")
         self._barrier()
-        bias = tir.buffer_at(at["gate_up_bias"], "float32")
-        gate_up = self._context("gate_up", {"w": at["gate_up"], "y": k["gated"], "bias": bias})
-        self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
-        direct_share(gate_up, thread, self._prefetch())
-        self._ahead("down", at["down"])
+        for kind in self._kinds(at, "gate_up"):
+            gate_up = self._gate_up(at, kind, k["gated"])
+            self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
+            direct_share(gate_up, thread, self._prefetch())
+        self._ahead(at, "down")
         self._barrier()
         self._product(at, "down", k["gated"], "mlp_post_norm")
 
+    def _kinds(self, at: dict[str, Any], *names: str) -> Iterator[int]:
+        """Yield a kind of layer for each combination of formats that these weights have.
+
+        What is emitted meanwhile stands under the condition that the layer at hand has that combination.
+        """
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for kind, formats in enumerate(self.spec.layers):
+            found.setdefault(tuple(getattr(formats, name) for name in names), []).append(kind)
+        for kinds in found.values():
+            if len(found) == 1:
+                yield 0
+                return
+            mask = T.int64(sum(1 << kind for kind in kinds))
+            with tir.when(T.bitwise_and(T.shift_right(mask, at["kind"]), T.int64(1)) == T.int64(1)):
+                yield kinds[0]
+
+    def _heads(self, at: dict[str, Any], kind: int) -> None:
+        """Emit: this thread's share of the heads of queries, keys and values; rotated, or in the cache."""
+        k, spec, norm = self.kernel, self.spec, tir.buffer_at(at["attn_norm"], "float32")
+        for name, first_head, heads in self._head_parts(kind):
+            context = self._qkv(at, name, kind)
+            self._normed_rows(norm, context)
+            direct_share(context, self.thread, self._prefetch(), together=spec.head_dim // BLOCK)
+            first, last = shared_range(heads, self.thread, k["threads"])
+            with tir.loop(self.m) as row:
+                self._rotate_and_append(at, row, tir.let(first + first_head), tir.let(last + first_head))
+
+    def _head_parts(self, kind: int) -> list[tuple[str, int, int]]:
+        """Return the weights of queries, keys and values: (name, first head, heads)."""
+        spec = self.spec
+        rotated = spec.num_heads + spec.num_kv_heads
+        if spec.layers[kind].values is None:
+            return [("qkv", 0, rotated + spec.num_kv_heads)]
+        return [("qkv", 0, rotated), ("values", rotated, spec.num_kv_heads)]
+
+    def _qkv(self, at: dict[str, Any], name: str, kind: int) -> Context:
+        """Return the context of one of the weights of queries, keys and values."""
+        bias = tir.buffer_at(at[f"{name}_bias"], "float32")
+        context = self._context(name, {"w": at[name], "y": self.kernel["qkv"], "bias": bias}, kind)
+        context.y_columns = self.spec.qkv_columns
+        context.y_before = self.spec.qkv_columns - context.spec.n if name == "values" else 0
+        return context
+
+    def _gate_up(self, at: dict[str, Any], kind: int, gated: Any) -> Context:
+        bias = tir.buffer_at(at["gate_up_bias"], "float32")
+        return self._context("gate_up", {"w": at["gate_up"], "y": gated, "bias": bias}, kind)
+
     def _product(self, at: dict[str, Any], name: str, source: Any, post_norm: str) -> None:
         """Emit x += source @ W.T, or x += norm(source @ W.T)."""
-        context = self._added_product(at, name, source)
-        with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
-            prepare_row(context, row)
-        direct_share(context, self.thread, self._prefetch())
+        for kind in self._kinds(at, name):
+            context = self._added_product(at, name, source, kind)
+            with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
+                prepare_row(context, row)
+            direct_share(context, self.thread, self._prefetch())
         if self.spec.post_norms:
             self._barrier()
             first, last = shared_range(self.m, self.thread, self.kernel["threads"])
             with tir.span(first, last) as row:
                 self._add_normed(row, tir.buffer_at(at[post_norm], "float32"))
 
-    def _added_product(self, at: dict[str, Any], name: str, source: Any) -> Context:
+    def _added_product(self, at: dict[str, Any], name: str, source: Any, kind: int) -> Context:
         """Return the context of a product that adds to x itself; a norm's input goes to `projected`."""
         y = self.kernel["projected" if self.spec.post_norms else "x"]
         bias = tir.buffer_at(at[f"{name}_bias"], "float32")
-        return self._context(name, {"w": at[name], "x": source, "y": y, "residual": y, "bias": bias})
+        return self._context(name, {"w": at[name], "x": source, "y": y, "residual": y, "bias": bias}, kind)
 
     def _add_normed(self, row: Any, weight: Any) -> None:
         """Emit: a row of x += norm(the same row of `projected`)."""
@@ -179,18 +223,20 @@ class Step:
         emitter = NormRow(norm, self.isa.lanes, 2, k["projected"], start)
         emitter.store(weight, None, k["x"], start, k["x"], start)
 
-    def _ahead(self, name: str, weight: Any, together: int = 1) -> None:
+    def _ahead(self, at: dict[str, Any], name: str, together: int = 1) -> None:
         """Emit prefetches of where this thread's share of a weight begins: it comes while threads wait."""
-        problem, ahead = self.spec.matmul(name), self._prefetch()
-        parts = 2 if problem.pair else 1
-        pieces = -(-problem.n // (parts * BLOCK * together))
-        first, _ = shared_range(pieces, self.thread, self.kernel["threads"])
-        block_bytes = Geometry(problem.weight, problem.k).block_bytes
-        view = tir.buffer_at(tir.let(weight + first * (together * parts * block_bytes)), "uint8")
-        with tir.loop(ahead.distance // 64) as line:
-            tir.prefetch(view, line * 64, ahead.locality)
+        ahead = self._prefetch()
+        for kind in self._kinds(at, name):
+            problem = self.spec.matmul(name, kind)
+            parts = 2 if problem.pair else 1
+            pieces = -(-problem.n // (parts * BLOCK * together))
+            first, _ = shared_range(pieces, self.thread, self.kernel["threads"])
+            block_bytes = Geometry(problem.weight, problem.k).block_bytes
+            view = tir.buffer_at(tir.let(at[name] + first * (together * parts * block_bytes)), "uint8")
+            with tir.loop(ahead.distance // 64) as line:
+                tir.prefetch(view, line * 64, ahead.locality)
 
-    def _context(self, name: str, buffers: dict[str, Any]) -> Context:
+    def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         """Return a product's emission context over this thread's scratch."""
         vectors = 32 // self.isa.lanes
         k = {
@@ -201,8 +247,9 @@ class Step:
             "sums": self.sums,
         }
         k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
+        problem = self.spec.matmul(name, kind)
         self.current = Context(
-            self.isa, self.spec.matmul(name), k, self.rows, vectors if self.rows == 1 else min(2, vectors)
+            self.isa, problem, k, self.rows, vectors if self.rows == 1 else min(2, vectors)
         )
         return self.current
 

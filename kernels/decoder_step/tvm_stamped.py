@@ -77,9 +77,9 @@ class _Stamped:
         self._stamp("start")
         super()._layers()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _context(self: Any, name: str, buffers: dict[str, Any]) -> Any:
-        self.phase = name
-        return super()._context(name, buffers)  # pyright: ignore[reportAttributeAccessIssue]
+    def _context(self: Any, name: str, buffers: dict[str, Any], kind: int = 0) -> Any:
+        self.phase = "qkv" if name == "values" else name
+        return super()._context(name, buffers, kind)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _attention(self: Any, at: dict[str, Any]) -> Any:
         self.phase = "attention"

@@ -27,8 +27,7 @@ class ThreadArea:
 def thread_area(spec: DecoderStepSpec, rows: int) -> ThreadArea:
     """Return the sizes that fit the largest of the step's products (each a multiple of 64 bytes)."""
     codes, groups = 64, 64
-    for name in ("qkv", "o", "gate_up", "down", "head"):
-        problem = spec.matmul(name)
+    for problem in (*spec.products(), spec.matmul("head")):
         fmt = problem.weight
         if fmt.is_float or spec.activation == "float":
             padded = -(-problem.k // 128) * 128
@@ -56,7 +55,7 @@ class ChunkArea:
 
 def chunk_area(spec: DecoderStepSpec, isa: str) -> ChunkArea:
     """Return the sizes that fit the largest of the layers' products (each a multiple of 64 bytes)."""
-    problems = [spec.matmul(name) for name in ("qkv", "o", "gate_up", "down")]
+    problems = spec.products()
     codes = max(padded_k(p) * element_bytes(p, isa) for p in problems)
     groups = max(4 * p.weight.groups(p.k) if is_integer(p) else 0 for p in problems)
     panels = max(panel_bytes(p, isa) for p in problems)

@@ -45,6 +45,13 @@ class Context:
     vectors: int
     # Of a matrix unit's products: takes (row, first column, 32 finished values as two vectors) instead of y.
     sink: Callable[[Any, Any, list[Any]], None] | None = None
+    # Where the product is some columns of a wider y: the columns of that, and before these.
+    y_columns: int = 0
+    y_before: int = 0
+
+    def y_at(self, row: Any, column: Any) -> Any:
+        """Where a result stands in y."""
+        return row * (self.y_columns or self.spec.n_out) + column + self.y_before
 
     @property
     def geometry(self) -> Geometry:
@@ -119,10 +126,10 @@ def finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> Non
     """Emit one vector of the output, columns [at, at + lanes) of a row; in the last block lane by lane."""
     n, lanes, y = c.spec.n_out, c.isa.lanes, c.kernel["y"]
     if n % BLOCK == 0:
-        tir.from_f32(y, row * n + at, finished(c, row, at, lanes, first, second))
+        tir.from_f32(y, c.y_at(row, at), finished(c, row, at, lanes, first, second))
         return
     with tir.when(at + lanes <= n):
-        tir.from_f32(y, row * n + at, finished(c, row, at, lanes, first, second))
+        tir.from_f32(y, c.y_at(row, at), finished(c, row, at, lanes, first, second))
     with tir.when(at + lanes > n):
         held = [tir.local("float32", lanes) for value in (first, second) if value is not None]
         for cell, value in zip(held, (first, second)):
@@ -130,7 +137,7 @@ def finish_vector(c: Context, row: Any, at: Any, first: Any, second: Any) -> Non
         with tir.loop(T.max(n - at, T.int64(0))) as i:
             values = [tir.load(cell, i) for cell in held]
             result = finished(c, row, at + i, 1, values[0], values[1] if len(values) > 1 else None)
-            tir.from_f32(y, row * n + at + i, result)
+            tir.from_f32(y, c.y_at(row, at + i), result)
 
 
 def finished(c: Context, row: Any, at: Any, width: int, first: Any, second: Any) -> Any:

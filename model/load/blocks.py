@@ -6,12 +6,15 @@ integers beside their block's fp16 factors: nothing is multiplied here, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...kernels.quant_matmul import CanonicalWeight, WeightFormat
+from ...kernels.quant_matmul.packing import BLOCK, Geometry
 from .container import BLOCKS, TensorInfo
 
 FORMATS = {
@@ -49,6 +52,20 @@ def decode_blocks(raw: np.ndarray, info: TensorInfo) -> CanonicalWeight:
     parts = _DECODERS[info.type](raw.reshape(-1, size))
     tensors = {name: torch.from_numpy(np.ascontiguousarray(part)).view(n, -1) for name, part in parts.items()}
     return CanonicalWeight(fmt, **tensors)
+
+
+def type_rows(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
+    """One row for each type that a file's matrices have: how many, and bits a weight there and here."""
+    counts = Counter(info.type for info in tensors if len(info.shape) > 1)
+    rows = []
+    for name, count in counts.most_common():
+        fmt, (elements, size) = FORMATS[name], BLOCKS[name]
+        here = Geometry(fmt, 256).block_bytes / (BLOCK * 256) * 8
+        rows.append({
+            "type": name, "tensors": count, "format": fmt.key(), "bits_in_file": 8 * size / elements,
+            "bits": here, "values": f"the file's; {WIDENED[name]}" if name in WIDENED else "the file's",
+        })  # fmt: skip
+    return rows
 
 
 def _halves(blocks: np.ndarray, at: int, count: int = 1) -> list[np.ndarray]:

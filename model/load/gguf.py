@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...compiler.errors import FormatError, UnsupportedError
 from ...kernels.quant_matmul import CanonicalWeight, WeightFormat
-from .blocks import FORMATS, decode_blocks
+from .blocks import FORMATS, decode_blocks, type_rows
 from .container import Container, TensorInfo
 from .gguf_config import ARCHITECTURES, ROPE_TENSORS, config_from_gguf, tensor_of
 
@@ -79,6 +80,10 @@ class GGUFCheckpoint:
     def format(self, name: str) -> WeightFormat:
         """The format of a matrix, without reading it."""
         return FORMATS[self._place(name).type]
+
+    def types(self) -> list[dict[str, Any]]:
+        """One row for each type of the file's matrices: how it is held, and what that costs."""
+        return type_rows(self.container.tensors.values())
 
     def weight(self, name: str) -> CanonicalWeight:
         """One matrix; queries and keys are put half-split by moving whole rows."""

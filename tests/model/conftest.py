@@ -148,6 +148,11 @@ SCALES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
+# Factors of scales and minima that give random blocks a standard deviation of about 1 and next to no mean.
+FACTORS = {
+    "IQ4_NL": (1 / 70,), "Q2_K": (1 / 8, 1.5 / 8), "Q3_K": (1 / 41,), "Q4_K": (1 / 143, 7.5 / 143),
+    "Q5_K": (1 / 280, 15.5 / 280), "Q6_K": (1 / 1369,),
+}  # fmt: skip
 
 
 def random_blocks(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
@@ -169,8 +174,8 @@ def store(data: np.ndarray, kind: gguf.GGMLQuantizationType, random: np.random.G
         return quantize(data, kind)
     except NotImplementedError:
         raw = random_blocks(kind.name, data.shape, random)
-        for at, scale in zip(SCALES[kind.name], (2e-3, 5e-3)):
-            values = np.full(raw.shape[:-1], scale / data.shape[-1] ** 0.5 * data.std() * 16, np.float16)
+        for at, factor in zip(SCALES[kind.name], FACTORS[kind.name]):
+            values = np.full(raw.shape[:-1], factor * data.std(), np.float16)
             raw[..., at : at + 2] = values[..., None].view(np.uint8)
         return raw.reshape(*data.shape[:-1], -1)
 

@@ -46,6 +46,18 @@ def pair(make_gguf: Callable[..., Any]) -> tuple[Decoder, CompiledDecoder]:
     return load(make_gguf("Q4_1"))
 
 
+# As llama.cpp mixes types: values and some layers' down in more bits, the table that the head shares too.
+MIXED = {"blk.0.attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q6_K", "token_embd.weight": "Q6_K"}
+
+
+def test_layers_and_values_in_formats_of_their_own(make_gguf: Callable[..., Any]) -> None:
+    decoder, compiled = load(make_gguf("Q4_K", types=MIXED, hidden=256, mlp=256, heads=4), "auto", "bf16")
+    first, second = compiled.program.spec.layers
+    assert (first.qkv.bits, second.qkv.bits, first.down.bits, second.down.bits) == (4, 4, 4, 6)
+    assert first.values is not None and first.values.bits == 6 and second.values is None
+    assert self_check(compiled, decoder, "bf16") == ""
+
+
 @pytest.mark.parametrize(
     ("kind", "kv"), [("F32", "fp32"), ("Q4_0", "bf16"), ("Q8_0", "int8"), ("Q4_1", "fp16")]
 )

@@ -55,6 +55,18 @@ def test_prefill_matches_transformers(make_gguf, type):
     assert error(got, expected_logits(tiny, ids)) < TOLERANCE
 
 
+@pytest.mark.parametrize("type", ["Q4_K", "Q5_K", "Q3_K", "IQ4_NL"])
+def test_values_in_a_format_of_their_own(make_gguf, type):
+    types = {"blk.0.attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q6_K", "token_embd.weight": "Q6_K"}
+    tiny = make_gguf(type, types=types, hidden=256, mlp=256, heads=4, kv_heads=2)
+    decoder = build(tiny)
+    assert [layer.values is None for layer in decoder.layers] == [False, True]
+    ids = torch.randint(0, tiny.vocab, (1, 37), generator=torch.Generator().manual_seed(0))
+    assert error(decoder(ids, new_cache(decoder), 0, last_only=False), expected_logits(tiny, ids)) < TOLERANCE
+    reference = decoder.head(reference_hidden(decoder, [ids[0]])[0])
+    assert error(reference, expected_logits(tiny, ids)[0]) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "sizes", [{"heads": 1, "kv_heads": 1}, {"heads": 3, "kv_heads": 3, "hidden": 192}, {"tied": False}]
 )

@@ -34,6 +34,14 @@ def test_mixed_types_are_planned_as_they_are_fused(make_gguf, plain):
     assert held["weights"] == edgeformer.plan(tiny.path).weights
 
 
+def test_values_apart_are_planned_so(make_gguf, plain):
+    types = {"blk.0.attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q6_K"}
+    tiny = make_gguf("Q4_K", types=types, hidden=256, mlp=256, heads=4)
+    held = edgeformer.load(tiny.path, target=plain).memory()
+    use_target(None)
+    assert held["weights"] == edgeformer.plan(tiny.path).weights
+
+
 def test_refusal_has_the_numbers(make_gguf):
     checkpoint = open_checkpoint(make_gguf("Q8_0").path)
     plan = plan_memory(checkpoint, context=96)
