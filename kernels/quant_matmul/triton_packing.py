@@ -60,6 +60,8 @@ def pack_gpu(weight: CanonicalWeight) -> GpuWeight:
         )
     if fmt.bits == 8 and fmt.zero != "none":
         raise UnsupportedError("8-bit weights with a zero have no GPU kernel")
+    if fmt.block_size or len(fmt.plane_bits) > 1:
+        raise UnsupportedError(f"{fmt.key()} weights have no GPU kernel")
     if fmt.bits == 8:
         words = torch.zeros(n, -(-k // 128) * 128, dtype=torch.int8)
         words[:, :k] = weight.codes

@@ -47,6 +47,8 @@ FORMATS = {
     "float16": (WeightFormat.float("float16"), 36, 45),
     "float32": (WeightFormat.float("float32"), 98, 64),
 }
+# Made of parts that others test: on half of the compositions, elsewhere slow.
+MORE_FORMATS = {"int5", "int5-blocked", "int2-blocked", "int4-blocked-16"}
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.bfloat16: 2**-8 + 1e-5,

@@ -28,6 +28,7 @@ from edgeformer.runtime import launch
 from .conftest import (
     FORMATS,
     HERE,
+    MORE_FORMATS,
     UNITS,
     Guarded,
     assert_rows_close,
@@ -65,6 +66,7 @@ def covering() -> Iterator[Any]:
         spec = make_spec(fmt, act, DTYPES[(b // 2 + a) % 3], EPILOGUES[(b + 2 * a) % len(EPILOGUES)])
         again = act == "bfloat16" and isa != UNITS[0] and b % 2 == 0
         again |= isa in ("avx512", "avx_vnni") and (a + b) % 4 != 0  # between two that are tried whole
+        again |= fmt in MORE_FORMATS and (a + b) % 2 == 1
         name = f"{isa}-{spec.key().replace(' ', '-')}"
         yield pytest.param(isa, spec, marks=[pytest.mark.slow] * again, id=name)
 
