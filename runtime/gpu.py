@@ -121,7 +121,7 @@ def attention(
     if q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise UnsupportedError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
     tq, tk = q.shape[2], k.shape[2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5) if scale is None else scale
     offset = tk - tq if q_offset is None else q_offset
     causal = mask != "none"
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -182,7 +182,7 @@ def mla(
         raise UnsupportedError(f"mla on a GPU has no {', '.join(used) or f'mask {mask!r}'}")
     batch, heads, tq, nope = q_nope.shape
     rank, rope = w_uk.shape[2], q_rope.shape[3]
-    scale = (nope + rope) ** -0.5 if scale is None else scale
+    scale = float((nope + rope) ** -0.5) if scale is None else scale
     if mode == "expanded" or (mask == "none" and tq > 1):
         c, r = cache[:, :tk].unsqueeze(1).split([rank, rope], 3)
         k = torch.cat([c @ w_uk.transpose(1, 2), r.expand(-1, heads, -1, -1)], 3)
@@ -283,7 +283,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         from ..kernels.norm.triton_kernel import backward
 
-        return *backward(ctx.spec, *ctx.saved_tensors, grad.contiguous(), ctx.has_bias), None
+        x, weight = ctx.saved_tensors
+        return *backward(ctx.spec, x, weight, grad.contiguous(), ctx.has_bias), None
 
 
 def norm(spec: NormSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -321,7 +322,8 @@ class _Rope(torch.autograd.Function):
         from ..kernels.rope.triton_kernel import rotate
 
         grad = grad if grad.stride(3) == 1 else grad.contiguous()
-        return rotate(ctx.spec, grad, *ctx.saved_tensors, inverse=True), None, None, None
+        cos, sin = ctx.saved_tensors
+        return rotate(ctx.spec, grad, cos, sin, inverse=True), None, None, None
 
 
 def rope(spec: RopeSpec, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
@@ -352,7 +354,8 @@ class _GatedSilu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         from ..kernels.gated_silu.triton_kernel import backward
 
-        return backward(*ctx.saved_tensors, grad.contiguous())
+        gate, up = ctx.saved_tensors
+        return backward(gate, up, grad.contiguous())
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_a_kernel_is_compiled_read_and_stored(arch: str, tmp_path: Path) -> None
 def test_what_does_not_compile_is_a_build_error() -> None:
     from edgeformer.kernels.gated_silu.triton_kernel import gated_silu_forward
 
-    types = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*fp16")
+    types: dict[str, str] = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*fp16")
     types |= dict.fromkeys(("columns", "gate_st", "up_st"), "i32")
     kernel = triton_gpu.KernelBuild("gated_silu", gated_silu_forward, types, {"BLOCK": 1000})
     with pytest.raises(BuildError, match="gated_silu for gfx942"):
