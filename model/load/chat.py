@@ -12,16 +12,6 @@ import jinja2
 from ...compiler.errors import FormatError, UnsupportedError
 from .sandbox import MAX_CHARACTERS, Sandbox
 
-FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    ValueError,
-    RecursionError,
-    MemoryError,
-)
-
 
 class TemplateRefusal(jinja2.TemplateError):
     """The template itself refuses the messages (``raise_exception``)."""
@@ -64,7 +54,9 @@ def render_chat(
         return "".join(pieces)
     except TemplateRefusal as error:
         raise UnsupportedError(f"the chat template refuses these messages: {error.message}") from error
-    except FAILURES as error:
+    except FormatError:
+        raise
+    except Exception as error:  # a foreign program: whatever it does wrong is its own
         raise FormatError(
             f"the chat template fails: {type(error).__name__}: {error}; complete a raw prompt instead"
         ) from error

@@ -7,7 +7,8 @@ import types
 import typing
 from typing import Any
 
-from ...compiler.errors import FormatError
+from ...compiler.errors import FormatError, UnsupportedError
+from ...kernels.quant_matmul import WeightFormat
 from ..config import ModelConfig
 
 
@@ -20,8 +21,19 @@ def config_from_json(data: Any, source: Any) -> ModelConfig:
     """Return the configuration of JSON values. Raises FormatError for an unknown field or type."""
     try:
         return _build(ModelConfig, data)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, LookupError, ValueError, ArithmeticError) as error:
         raise FormatError(f"{source}: the configuration is damaged: {str(error)[:200]}") from error
+
+
+def format_from_json(data: Any, source: Any) -> WeightFormat:
+    """Return the weight format of JSON values. Raises FormatError, or UnsupportedError for an unknown one."""
+    try:
+        found = _build(WeightFormat, data)
+    except (TypeError, LookupError, ValueError, ArithmeticError) as error:
+        raise FormatError(f"{source}: a weight format is damaged: {str(error)[:200]}") from error
+    if found.block_size not in (0, 256):
+        raise UnsupportedError(f"{source}: blocks of {found.block_size} weights are not supported")
+    return found
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -42,9 +42,22 @@ def read_tokenizer(folder: Path, eos_token_ids: tuple[int, ...] = ()) -> ModelTo
         )
     backend, data = read_backend(path), read_object(path, MAX_TOKENIZER)
     config = read_optional(folder / "tokenizer_config.json")
+    try:
+        state = _state(folder, backend, data, config, eos_token_ids)
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path} is damaged: {str(error)[:200]}") from error
+    return ModelTokenizer.restore(state, backend, path)
+
+
+def _state(
+    folder: Path, backend: Tokenizer, data: dict[str, Any], config: dict[str, Any],
+    eos_token_ids: tuple[int, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what ModelTokenizer.restore takes."""
+    path = folder / "tokenizer.json"
     vocabulary = backend.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values(), default=-1) + 1
-    if size > 1 << 22:
+    if size > 1 << 20:
         raise FormatError(f"{path}: token ids up to {size} are not believed")
     tokens = [NO_TOKEN] * size
     for text, i in vocabulary.items():
@@ -62,12 +75,11 @@ def read_tokenizer(folder: Path, eos_token_ids: tuple[int, ...] = ()) -> ModelTo
             types[i] = CONTROL
     bos, eos = (vocabulary.get(_text(config.get(name))) for name in ("bos_token", "eos_token"))
     ends = {eos, *eos_token_ids, *_more_ends(folder), *(vocabulary.get(text) for text in END_OF_TURN)}
-    state = {
+    return {
         "tokens": tokens, "types": types, "kind": kind, "bos_id": bos, "eos_id": eos,
         "add_bos": _adds_bos(backend, config, bos),
         "stop_ids": sorted(i for i in ends if i is not None and 0 <= i < size),
     }  # fmt: skip
-    return ModelTokenizer.restore(state, backend, path)
 
 
 def _text(value: Any) -> str:
@@ -98,7 +110,10 @@ def _adds_bos(backend: Tokenizer, config: dict[str, Any], bos: int | None) -> bo
     stated = config.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    return bos is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos]
+    try:
+        return bos is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos]
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"the post-processor fails: {error}") from error
 
 
 def _more_ends(folder: Path) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...compiler.errors import FormatError, UnsupportedError
 from ...kernels.quant_matmul import CanonicalWeight, WeightFormat
-from .config_json import config_from_json
+from .config_json import config_from_json, format_from_json
 from .json_file import read_object
 from .saved_tokenizer import VOCABULARY, read_saved
 from .tensors import TensorFolder
@@ -68,7 +68,7 @@ class QuantizedCheckpoint:
 
     def _read_formats(self, data: dict[str, Any]) -> dict[str, WeightFormat]:
         try:
-            formats = [WeightFormat(**entry) for entry in data["formats"]]
+            formats = [format_from_json(entry, self.path / CONFIG) for entry in data["formats"]]
             table = {name: formats[number] for name, number in data["weights"].items()}
         except (TypeError, KeyError, IndexError, AttributeError) as error:
             raise FormatError(f"{self.path / CONFIG}: the table of weights is damaged") from error

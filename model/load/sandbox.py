@@ -14,7 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 1 << 18  # characters of a template
+MAX_SOURCE = 1 << 16  # characters of a template
 MAX_CHARACTERS = 4 << 20  # of a text: a million tokens
 MAX_ITEMS = 1 << 20  # of a structure, counted as often as it would be printed
 MAX_STEPS = 1 << 18  # turns of loops, calls, filters

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...compiler.errors import FormatError
 from ...kernels.quant_matmul import CanonicalWeight, WeightFormat
 from ..config import ModelConfig
+from .config_json import format_from_json
 
 
 class RecordingCheckpoint:
@@ -49,7 +50,7 @@ class SkeletonCheckpoint:
     def __init__(self, record: dict[str, Any], config: ModelConfig, source: Any) -> None:
         self.config, self._source = config, source
         try:
-            self._formats = [WeightFormat(**fmt) for fmt in record["formats"]]
+            self._formats = [format_from_json(fmt, source) for fmt in record["formats"]]
             self._weights = {name: _sizes(row, 3) for name, row in record["weights"].items()}
             self._vectors = {name: _sizes(shape, len(shape)) for name, shape in record["vectors"].items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -80,6 +81,6 @@ class SkeletonCheckpoint:
 
 def _sizes(values: Any, count: int) -> tuple[int, ...]:
     found = tuple(values)
-    if len(found) != count or not all(type(v) is int and 0 <= v < 1 << 24 for v in found):
+    if len(found) != count or not all(type(v) is int and 0 <= v < 1 << 20 for v in found):
         raise ValueError(f"{values!r} are no sizes")
     return found

@@ -62,16 +62,21 @@ class TensorFolder:
 
     def _read_header(self, path: Path) -> None:
         with _open(path) as file:
-            names = file.keys()
-            if len(names) > MAX_TENSORS:
-                raise FormatError(f"{path}: {len(names)} tensors are not believed")
-            for name in names:
-                if name in self._files:
-                    raise FormatError(f"{path}: the tensor {name[:80]!r} lies in another file too")
-                part = file.get_slice(name)
-                self._files[name] = path
-                self.shapes[name], self.types[name] = tuple(part.get_shape()), str(part.get_dtype())
-            self.metadata |= file.metadata() or {}
+            try:
+                names = list(file.keys())
+                if len(names) > MAX_TENSORS:
+                    raise FormatError(f"{path}: {len(names)} tensors are not believed")
+                parts = {name: file.get_slice(name) for name in names}
+                found = {name: (tuple(p.get_shape()), str(p.get_dtype())) for name, p in parts.items()}
+                self.metadata |= file.metadata() or {}
+            except FormatError:
+                raise
+            except Exception as error:  # safetensors raises its own and plain ones
+                raise FormatError(f"{path} is damaged: {str(error)[:200]}") from error
+        for name, (shape, type_name) in found.items():
+            if name in self._files:
+                raise FormatError(f"{path}: the tensor {name[:80]!r} lies in another file too")
+            self._files[name], self.shapes[name], self.types[name] = path, shape, type_name
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor. The file is opened anew, so that its pages leave the process with the tensor."""

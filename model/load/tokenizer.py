@@ -117,6 +117,10 @@ class ModelTokenizer:
             own.tokens, own.types, own.kind = state["tokens"], state["types"], state["kind"]
             own.bos_id, own.eos_id, own.add_bos = state["bos_id"], state["eos_id"], state["add_bos"]
             own.stop_ids = frozenset(state["stop_ids"])
+            if not all(isinstance(text, str) for text in own.tokens) or not all(
+                type(t) is int for t in own.types
+            ):
+                raise TypeError
             size = len(own.tokens)
             numbers = [*own.stop_ids, *(i for i in (own.bos_id, own.eos_id) if i is not None)]
             good = all(0 <= i < size for i in numbers) and len(own.types) == size
@@ -128,7 +132,10 @@ class ModelTokenizer:
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The ids of a text; a leading BOS is added once, if the file asks for it (or ``add_bos`` does)."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises plain Exception
+            raise FormatError(f"{self.source}: the tokenizer fails: {str(error)[:200]}") from error
         wanted = self.add_bos if add_bos is None else add_bos
         if wanted and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
