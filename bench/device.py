@@ -131,7 +131,7 @@ def cuda() -> str:
     """Return the GPUs that torch sees, or why it sees none."""
     import torch
 
-    if torch.version.cuda is None and torch.version.hip is None:
+    if not torch.backends.cuda.is_built():
         return f"none: torch {torch.__version__} is a CPU build"
     if not torch.cuda.is_available():
         return "none: torch was built for GPUs and finds none (driver?)"

@@ -43,6 +43,10 @@ def training_text() -> str:
 class ByteModel(nn.Module):
     """A Llama over bytes, in plain PyTorch."""
 
+    layers: Any
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)

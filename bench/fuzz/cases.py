@@ -28,6 +28,9 @@ def _read_all(checkpoint: Any) -> None:
         checkpoint.weight(name)
     for name in checkpoint.config.vectors():
         checkpoint.vector(name)
+    make = getattr(checkpoint, "tokenizer", None)
+    if make is not None:
+        make().encode("hello")
 
 
 def gguf(folder: Path, rng: random.Random) -> Case:
@@ -59,10 +62,7 @@ def hugging_face(folder: Path, rng: random.Random) -> Case:
     corpus.write_folder(folder, files)
 
     def call() -> None:
-        checkpoint = open_checkpoint(folder)
-        _read_all(checkpoint)
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer().encode("hello")
+        _read_all(open_checkpoint(folder))
 
     return sum(map(len, files.values())), call
 
@@ -86,10 +86,7 @@ def quantised(folder: Path, rng: random.Random) -> Case:
     corpus.write_folder(target, files)
 
     def call() -> None:
-        checkpoint = open_checkpoint(target)
-        _read_all(checkpoint)
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer().encode("hello")
+        _read_all(open_checkpoint(target))
 
     return sum(map(len, files.values())), call
 

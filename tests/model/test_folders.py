@@ -19,7 +19,7 @@ from edgeformer.model.compress.range_search import round_to
 from edgeformer.model.decoder import Decoder
 from edgeformer.model.load.gguf import FORMATS
 from edgeformer.model.load.hf_tokenizer import read_chat_template, read_tokenizer
-from edgeformer.model.load.quantized import restored, stored
+from edgeformer.model.load.quantized import QuantizedCheckpoint, restored, stored
 from edgeformer.model.loading import open_checkpoint
 from edgeformer.runtime.dispatch import use_target
 from edgeformer.runtime.kv_cache import KVCache
@@ -112,7 +112,8 @@ def test_a_quantised_folder_holds_what_load_would_round_to(
     folder: tuple[Path, Any], tmp_path: Path, profile: str
 ):
     out = edgeformer.quantize(folder[0], tmp_path / "q", profile=profile)
-    source, own = open_checkpoint(folder[0]), open_checkpoint(out)
+    source, own = open_checkpoint(folder[0]), QuantizedCheckpoint(out)
+    assert isinstance(open_checkpoint(out), QuantizedCheckpoint)
     for name in own.config.matrices():
         want, got = source.weight(name).dequantize(), own.weight(name).dequantize()
         limit = 0.01 if own.format(name).bits == 8 else 0.1
