@@ -11,7 +11,7 @@ from .probes import measure_limits
 
 
 def main() -> None:
-    """Time one absorbed decode step per variant, probes of the limits between; print one line a variant."""
+    """Time absorbed decode steps, probes of the limits between them; print one line."""
     import torch
 
     from ..kernels.mla import MlaSpec
@@ -32,43 +32,31 @@ def main() -> None:
     cache = torch.randn(1, options.context, spec.latent_dim).bfloat16()
     w_uk = (torch.randn(spec.num_heads, 128, 512) / 22).bfloat16()
     w_uv = (torch.randn(spec.num_heads, 512, 128) / 22).bfloat16()
-    maths = ["float32"] + (["bfloat16"] if _has_matrix_unit() else [])
     q_nope, q_rope = q.split([128, 64], 3)
-    limits, times = None, {math: [] for math in maths}
+    limits, times = None, []
     for _ in range(options.rounds):
         found = measure_limits(threads, repeats=2)
         limits = found if limits is None else limits.best(found)
-        for math in maths:
-            for i in range(12):
-                start = time.perf_counter()
-                ops.mla(q_nope, q_rope, cache, w_uk, w_uv, mode="absorbed", math=math)
-                if i >= 2:
-                    times[math].append(time.perf_counter() - start)
+        for i in range(12):
+            start = time.perf_counter()
+            ops.mla(q_nope, q_rope, cache, w_uk, w_uv, mode="absorbed")
+            if i >= 2:
+                times.append(time.perf_counter() - start)
     assert limits is not None
     work = spec.operations(options.queries, options.context)
     read = spec.cache_bytes(options.context) + spec.weight_bytes()
-    for math in maths:
-        seconds = statistics.median(times[math])
-        peak = limits.matrix_peak if math == "bfloat16" else limits.float_peak
-        print(
-            json.dumps(
-                {
-                    "math": math,
-                    "microseconds": round(seconds * 1e6, 1),
-                    "spread": round(max(times[math]) / min(times[math]), 2),
-                    "gflops": round(work / seconds / 1e9),
-                    "of_peak": round(work / seconds / peak, 3) if peak else None,
-                    "of_read_bandwidth": round(read / seconds / limits.read_bandwidth, 3),
-                    "megabytes": round(read / 1e6, 2),
-                    "peak_gflops": round(peak / 1e9) if peak else None,
-                    "read_gb_s": round(limits.read_bandwidth / 1e9, 1),
-                }
-            )
-        )
-
-
-def _has_matrix_unit() -> bool:
-    return False
+    seconds, peak = statistics.median(times), limits.float_peak
+    row = {
+        "microseconds": round(seconds * 1e6, 1),
+        "best_microseconds": round(min(times) * 1e6, 1),
+        "gflops": round(work / seconds / 1e9),
+        "of_peak": round(work / seconds / peak, 3) if peak else None,
+        "of_read_bandwidth": round(read / seconds / limits.read_bandwidth, 3),
+        "megabytes": round(read / 1e6, 2),
+        "float_peak_gflops": round(peak / 1e9) if peak else None,
+        "read_gb_s": round(limits.read_bandwidth / 1e9, 1),
+    }
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":
