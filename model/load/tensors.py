@@ -14,6 +14,7 @@ from .json_file import read_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_TENSORS = 65535
+MAX_HEADER = 4 << 20  # bytes; a thousand tensors take some 120,000
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -95,6 +96,10 @@ def _open(path: Path) -> Any:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise FormatError(f"{path} is no plain file")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise FormatError(f"{path} is damaged: a header of {length} bytes is not believed")
         return safetensors.safe_open(path, framework="pt")
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
