@@ -532,7 +532,7 @@ def decode_attention(
     The same as `attention_cached` without a mask, and without its checks: the owner of the cache has made it
     for these heads.
     """
-    calls = cache.cache.bound_calls
+    calls: dict[Any, Any] = cache.cache.bound_calls
     key = (q.shape, q.dtype, softcap, cache.k.shape[:2], dispatch.generation())
     call = calls.get(key)
     if call is None:
@@ -540,14 +540,13 @@ def decode_attention(
             q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype,
             "none", "blocked", softcap=bool(softcap),
         )  # fmt: skip
-        call = calls[key] = bound(ATTENTION, spec)
-        call(q, cache.k, cache.v, tk=1, softcap=softcap, **_scales(cache))  # once with every check
-        call = calls[key] = getattr(call, "unchecked", call)
+        checked = bound(ATTENTION, spec)
+        checked(q, cache.k, cache.v, tk=1, softcap=softcap, **_scales(cache))  # once with every check
+        call = calls[key] = getattr(checked, "unchecked", checked)
     if q.stride(3) != 1:
         q = q.contiguous()
-    return call(
-        q, cache.k, cache.v, tk=position + 1, softcap=softcap, scale=scale, **_scales(cache)
-    )[0]  # fmt: skip
+    options = _scales(cache)
+    return call(q, cache.k, cache.v, tk=position + 1, softcap=softcap, scale=scale, **options)[0]
 
 
 def _scales(cache: LayerKV) -> dict[str, Any]:

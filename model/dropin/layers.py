@@ -164,7 +164,7 @@ class Linear(OneRow, PackedModule, nn.Linear):
 class HalfWeight(LayerWeight):
     """The rows of a pair's gate or up projection, packed by themselves; assigned data reaches the pair."""
 
-    pair: LayerWeight
+    whole: LayerWeight  # the pair
     start: int = 0
 
     @property
@@ -175,11 +175,11 @@ class HalfWeight(LayerWeight):
     @data.setter
     def data(self, value: Tensor) -> None:
         LayerWeight.data.__set__(self, value)
-        both = self.pair.unpack()
+        both = self.whole.unpack()
         other = both.slice_rows(self.n - self.start, 2 * self.n - self.start)
         parts = [other, self.unpack()] if self.start else [self.unpack(), other]
         joined = pack(CanonicalWeight.cat(parts), dispatch.current_target(), pair=True)
-        self.pair.buffer.copy_(joined.buffer)
+        self.whole.buffer.copy_(joined.buffer)
 
 
 class Half(nn.Linear):
@@ -211,7 +211,7 @@ class Half(nn.Linear):
             packed = pack(self.pair.unpack().slice_rows(start, start + half), dispatch.current_target())
             weight = HalfWeight(packed.buffer, packed.format, packed.n, packed.k, packed.layout)
             weight.dtype, weight.code = self.pair.dtype, torch_ops.weight_code(packed)
-            weight.pair, weight.start = self.pair, start
+            weight.whole, weight.start = self.pair, start
             own = Linear(weight, None, activation=self.activation, saved=False)
             self.__dict__["_own"] = own
         return own

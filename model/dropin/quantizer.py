@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...compiler.errors import UnsupportedError
@@ -19,7 +19,6 @@ from .layers import LayerWeight, Linear
 METHOD = "edgeformer"
 
 
-@register_quantization_config(METHOD)
 class EdgeFormerQuantConfig(QuantizationConfigMixin):
     """What `from_pretrained(quantization_config=...)` takes.
 
@@ -48,6 +47,9 @@ class EdgeFormerQuantConfig(QuantizationConfigMixin):
         if self.bits == 8:
             return WeightFormat.int8(self.group_size)
         raise UnsupportedError(f"bits={self.bits} is not supported; use 4 or 8")
+
+
+register_quantization_config(METHOD)(EdgeFormerQuantConfig)
 
 
 class Canonical(nn.Linear):
@@ -92,14 +94,18 @@ class EdgeFormerHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     requires_parameters_quantization = False
-    quantization_config: EdgeFormerQuantConfig  # pyright: ignore
 
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
+    @property
+    def _options(self) -> EdgeFormerQuantConfig:
+        config: Any = self.quantization_config
+        return config
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore
         """A quantised model can be saved."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore
         """Adapters train on it."""
         return True
 
@@ -107,7 +113,7 @@ class EdgeFormerHfQuantizer(HfQuantizer):
         attention.register()
         if not self.pre_quantized:
             return model
-        fmt, dtype = self.quantization_config.format(), model.config.dtype or torch.float32
+        fmt, dtype = self._options.format(), model.config.dtype or torch.float32
         for name, module in list(model.named_modules()):
             if self._wanted(name, module):
                 bias = module.bias
@@ -116,7 +122,7 @@ class EdgeFormerHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
+        config = self._options
         for name, module in list(model.named_modules()):
             if isinstance(module, Canonical):
                 _set(model, name, module.packed(config.activation).train(module.training))
@@ -127,7 +133,7 @@ class EdgeFormerHfQuantizer(HfQuantizer):
         return model
 
     def _wanted(self, name: str, module: nn.Module) -> bool:
-        skipped = any(part in name for part in self.quantization_config.skip)
+        skipped = any(part in name for part in self._options.skip)
         return type(module) is nn.Linear and not skipped and bool(name)
 
 

@@ -90,7 +90,7 @@ class Report:
             restore()
         self._undo, self._redo, self.rows, self.kept_bytes = None, [], [], 0
 
-    def quality(self, text: str | None = None, *, tokenizer: Any = None, window: int = 256) -> Any:
+    def quality(self, text: Any = None, *, tokenizer: Any = None, window: int = 256) -> Any:
         """Compare with the original weights on a text (default: English that Python brings).
 
         Returns Quality: perplexity change, mean KL divergence, top-1 agreement. Needs a causal language

@@ -118,7 +118,7 @@ def test_rows_tokens_and_copies_of_a_cache(pair: Any, ids: torch.Tensor) -> None
     cache = EdgeFormerCache(ours.config)
     steps(ours, ids, cache)
     keys, values = cache.layers[0].dense()
-    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))  # pyright: ignore[reportArgumentType]
     assert torch.equal(cache.layers[0].dense()[0], keys[[1, 0]])
     cache.batch_repeat_interleave(2)
     assert cache.layers[1].dense()[0].shape[0] == 4

@@ -89,7 +89,7 @@ def test_sampling_streamers_and_stopping_criteria(pair: Any, ids: torch.Tensor) 
             self.ended = True
 
     class AfterThree(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
             return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 16)
 
     compiled, streamer = pair[1], Streamer()
