@@ -105,7 +105,8 @@ def int_tile(
                 return tir.splat(tir.load(act.sc, entries + r), lanes)
             return tir.splat(T.int16(0) if narrow else T.int32(0), width)
 
-        def one_step(step: Any) -> None:
+        def one_step(step: Any, words: Any = None, element: int = 0) -> None:
+            """Emit one step; its activations are `element` of each row's `words`, or loaded here."""
             operands: Iterable[list[Any]] = []  # [dot][vector]
             if panel is None:
                 raws = [stream.raw(group, step, first_vector + v) for v in range(vectors)]
@@ -122,14 +123,16 @@ def int_tile(
                 operands = [
                     [tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]
                 ]
-                for v in range(vectors):
-                    tir.prefetch(panel["u8"], at + v * lanes * 4 + _PANEL_AHEAD)
+                for line in range(0, vectors * lanes * 4, 64):
+                    tir.prefetch(panel["u8"], at + line + _PANEL_AHEAD)
             for d, codes in enumerate(operands):
                 if narrow and d and d % burst == 0:
                     flush()
                     begin()
                 for r in range(rows):
-                    if pairs:
+                    if words:
+                        word = T.Shuffle([words[r].get()], [T.int32(element)])
+                    elif pairs:
                         word = tir.load(
                             act.q16x2, (act.row0 + r) * (k_padded // 2) + group * (size // 2) + step
                         )
@@ -144,6 +147,17 @@ def int_tile(
             if rows * vectors <= _STRAIGHT or count == 1:
                 for s in range(count):
                     one_step(first + s)
+                return
+            together = isa.words if panel is not None and not pairs else 1
+            if together > 1 and count % together == 0:
+                words = [tir.Register("int32", together) for _ in range(rows)]
+                with tir.loop(one * (count // together)) as s:
+                    at = tir.let(first + s * together)
+                    for r in range(rows):
+                        word = (act.row0 + r) * (k_padded // 4) + group * (size // 4) + at
+                        words[r].set(tir.load(act.q32, word, together))
+                    for i in range(together):
+                        one_step(tir.let(at + i), words, i)
                 return
             # The first steps in a line start the accumulators without an addition; the others in a loop
             # whose count LLVM cannot know: it would unroll a known one and spill what it hoists.

@@ -20,7 +20,8 @@ class Isa:
     as unsigned (code + 128) or signed bytes; where signed, dot4 takes codes up to 127 only, and `pairs` says
     that many rows are multiplied as int16 pairs by dot2. `gemm_rows` is the number of rows of a register
     tile that is two vectors wide; `tiles` are the (small, large) numbers of rows of a product's tiles, the
-    default first. `matrix_module` names the file of a bf16 matrix unit's tile operations (see amx.py).
+    default first. With `words` > 1 a dot product takes an element of a vector of so many activation words.
+    `matrix_module` names the file of a bf16 matrix unit's tile operations (see amx.py).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Isa:
     module: str
     pairs: bool = False
     matrix_module: str = ""
+    words: int = 1
 
     @property
     def emit(self) -> Any:
@@ -86,7 +88,7 @@ _ENTRIES = (
     Isa("avx_vnni", 8, 16, 1, "unsigned", 6, _NARROW, "avx_vnni"),
     Isa("avx2", 8, 16, 2, "signed", 6, _NARROW, "avx2", pairs=True),
     Isa("i8mm", 4, 32, 1, "signed", 8, _ARM, "neon_i8mm"),
-    Isa("dotprod", 4, 32, 1, "signed", 8, _ARM, "neon_dotprod"),
+    Isa("dotprod", 4, 32, 1, "signed", 8, _ARM, "neon_dotprod", words=4),
     Isa("neon", 4, 32, 4, "signed", 8, _ARM, "neon"),
     Isa("portable", 4, 16, 1, "unsigned", 4, ((2, 4), (1, 2)), "portable"),
     Isa("portable16", 16, 32, 1, "unsigned", 12, ((4, 12),), "portable", matrix_module="portable_matrix"),
