@@ -89,7 +89,10 @@ def _loops(assembly: str) -> list[list[str]]:
         if start := re.match(r"(\.L\w+):", line):
             label, block = start.group(1), []
         elif line.startswith("\t") and not line.startswith("\t."):
-            block.append(line.split("//")[0].rstrip())
+            line = line.split("//")[0].rstrip()
+            if not line.strip():
+                continue
+            block.append(line)
             if re.match(r"\t(b\.|cbn?z|tbn?z|b\t)", line):
                 if re.search(rf"{re.escape(label)}$", block[-1]) and label:
                     found.append(block)
