@@ -48,8 +48,7 @@ def read_load(processes: Iterable[int] = ()) -> Load:
 
     times = psutil.cpu_times()
     busy = sum(getattr(times, n, 0.0) for n in ("user", "nice", "system", "irq", "softirq"))
-    if hasattr(times, "guest"):
-        busy -= times.guest + getattr(times, "guest_nice", 0.0)  # counted in user already
+    busy -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user already
     spent = psutil.Process().cpu_times()
     own = spent.user + spent.system
     own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)  # those that ended

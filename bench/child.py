@@ -300,8 +300,7 @@ def serve(make: Callable[[str], Runner]) -> None:
         except Exception as error:  # noqa: BLE001  the parent raises it again
             text = str(error) if isinstance(error, EdgeFormerError) else f"{type(error).__name__}: {error}"
             answer = {"error": text}
-        answer["peak_memory"] = peak_memory()
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps({**answer, "peak_memory": peak_memory()}), file=answers, flush=True)
 
 
 def _answer(runner: Runner, question: dict[str, Any], clock: Clock) -> dict[str, Any]:

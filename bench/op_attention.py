@@ -90,8 +90,10 @@ def mla_problem(s: dict[str, Any], tokens: int, context: int, form: str | None, 
 
     def error() -> float:
         rows = slice(max(0, tokens - COMPARED_ROWS), tokens)
-        few = (part[:, :, rows].contiguous() for part in (q_nope, q_rope))
-        return relative_error(ours()[:, :, rows], ops.mla(*few, latents, w_uk, w_uv, form="reference"))
+        nope_rows, rope_rows = (part[:, :, rows].contiguous() for part in (q_nope, q_rope))
+        return relative_error(
+            ours()[:, :, rows], ops.mla(nope_rows, rope_rows, latents, w_uk, w_uv, form="reference")
+        )
 
     pairs = causal_pairs(tokens, context)
     absorbed_operations = heads * (2 * pairs * (2 * rank + rope) + 2 * tokens * rank * (nope + v))

@@ -75,7 +75,7 @@ class Plotter:
         from matplotlib.figure import Figure  # not pyplot: it wants a display, and keeps figures
 
         t = self.theme
-        style = {
+        style: dict[Any, Any] = {
             "figure.facecolor": t.surface, "axes.facecolor": "none", "savefig.facecolor": t.surface,
             "text.color": t.ink, "axes.labelcolor": t.ink, "axes.edgecolor": t.faint, "xtick.color": t.ink,
             "ytick.color": t.ink, "grid.color": t.faint, "font.size": 9.5, "axes.titlesize": 10.5,

@@ -59,8 +59,8 @@ def judge(
         following = torch.tensor(window[1:])
         for start in range(0, len(window) - 1, ROWS):
             rows = slice(start, min(start + ROWS, len(window) - 1))
-            parts = (torch.from_numpy(np.array(table[rows])) for table in (got, expected))
-            sums += compare_logits(*parts, following[rows])
+            ours, theirs = (torch.from_numpy(np.array(table[rows])) for table in (got, expected))
+            sums += compare_logits(ours, theirs, following[rows])
     count = sum(len(window) - 1 for window in windows)
     loss, reference_loss, kl, same = (sums / count).tolist()
     return {
