@@ -58,7 +58,7 @@ def test_a_broken_ffi_is_named_with_its_remedy():
 
 def test_constraints_pin_what_the_extras_pin():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = dict(line.split(";")[0].split("==") for line in lines if line and not line.startswith("#"))
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

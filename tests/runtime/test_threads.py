@@ -134,6 +134,7 @@ def test_without_a_compiler_the_launcher_says_what_to_install(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tvm_llvm, "linker", lambda target: None)
+    monkeypatch.setattr(threads, "_travelled", None)
     with pytest.raises(BuildError, match="install gcc or clang.*ziglang"):
         threads.launcher.__wrapped__()
 
