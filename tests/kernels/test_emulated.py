@@ -72,14 +72,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable[..
 
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN: 0xff bytes in scratch memory."""
     empty = torch.empty
-    monkeypatch.setattr(
-        torch,
-        "empty",
-        lambda *s, dtype=torch.float32: empty(*s, dtype=dtype).fill_(
-            255 if dtype == torch.uint8 else torch.nan
-        ),
-    )
+
+    def filled(*shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made = empty(*shape, dtype=dtype)
+        if dtype == torch.uint8:
+            return made.fill_(255)
+        return made.fill_(torch.nan) if dtype.is_floating_point else made
+
+    monkeypatch.setattr(torch, "empty", filled)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
