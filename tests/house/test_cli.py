@@ -27,6 +27,7 @@ class Model:
     asked: list[Any] = field(default_factory=list)
     threads: int = 2
     whole_step_declined: str = "layers differ"
+    types: list[dict[str, Any]] = field(default_factory=list)
     target: Any = field(default_factory=lambda: SimpleNamespace(name="test-cpu"))
     last_run: Any = field(
         default_factory=lambda: SimpleNamespace(
