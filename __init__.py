@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .model.loading import load, plan
     from .model.replace import optimize
     from .model.report import report
+    from .model.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "report": ".model.report",
     "compile": ".model.compile",
     "quantize": ".model.compress.quantize_folder:quantize_model",
+    "tune": ".model.tuning",
     "Target": ".compiler.target",
     "EdgeFormerError": ".compiler.errors",
     "TargetError": ".compiler.errors",
@@ -72,6 +74,7 @@ __all__ = [
     "plan",
     "quantize",
     "report",
+    "tune",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import cli_tune
 from .cli_bench import bench_app
 from .cli_options import (
     Activation,
@@ -54,10 +55,9 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-cache_app = typer.Typer(no_args_is_help=True, help="Look after the kernels that were built on this machine.")
 app.add_typer(bench_app, name="bench")
-app.add_typer(cache_app, name="cache")
 register(app)
+cli_tune.register(app)
 
 
 def main() -> None:
@@ -215,42 +215,6 @@ def targets(output: OutputText = Text.text) -> None:
             f"{row['name']:18} {row['arch']:8} {row['mcpu']:16} {row['isa']:12} {row['proof']:10} {here}"
         )
     typer.echo("\n".join(f"{name}: {meaning}" for name, meaning in PROOFS.items()), err=True)
-
-
-@cache_app.command("list")
-def cache_list(output: OutputText = Text.text) -> None:
-    """List the built kernels."""
-    from .compiler.artifacts import ArtifactStore
-
-    store = ArtifactStore()
-    rows = [{"folder": str(folder), "key": key} for folder, key in store.entries()]
-    if output == Text.json:
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    for folder, key in store.entries():
-        typer.echo(f"{folder.name}  {key['spec'] if key else 'damaged'}")
-    typer.echo(f"{len(rows)} kernels in {store.root}", err=True)
-
-
-@cache_app.command("verify")
-def cache_verify() -> None:
-    """Check every built kernel's files; exit code 2 when one is damaged."""
-    from .compiler.artifacts import ArtifactStore
-
-    problems = ArtifactStore().verify()
-    for folder, problem in problems:
-        typer.echo(f"{folder}: {problem}")
-    if problems:
-        raise EdgeFormerError(f"{len(problems)} kernels are damaged; they are built again when needed")
-    typer.echo("all kernels are sound", err=True)
-
-
-@cache_app.command("prune")
-def cache_prune() -> None:
-    """Delete every built kernel; what is needed is built again."""
-    from .compiler.artifacts import ArtifactStore
-
-    typer.echo(f"{ArtifactStore().prune()} kernels deleted", err=True)
 
 
 if __name__ == "__main__":

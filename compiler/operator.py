@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,47 @@ class Declined:
     reason: str
 
 
+Sizes = Mapping[str, int]  # run-time sizes of one call: rows, queries, context length
+
+
+class Workload(Protocol):
+    """Inputs of one problem at one set of run-time sizes, to time and to check configurations on.
+
+    `nbytes` and `operations` are what one call reads and computes; `arithmetic` names the peak that its
+    operations have ("int8", "bfloat16" or "float"). `area` is (address, bytes) of what the calls read, in
+    turn: together larger than the last-level cache.
+    """
+
+    nbytes: int
+    operations: int
+    arithmetic: str
+    copies: int
+    area: tuple[int, int]
+
+    def run(self, call: Callable[..., Any], index: int) -> Any:
+        """Call once on copy `index` of the inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the tuner has to know of a form whose `space` is a Space.
+
+    `phase(spec, sizes)` names the part of the kernels that runs at these sizes; look-up never crosses it.
+    `family(spec, target)` is what records must share (types and layout), and the problem's fixed sizes, in
+    which they may differ. `functions` are the native functions that a phase calls. `check(spec, sizes,
+    target, call, seed)` returns what is wrong with a call's results at sizes around these, or "";
+    `workload(spec, sizes, target, cache_bytes)` makes inputs that are larger than that cache. Both are None
+    where the form cannot be run without what a model brings.
+    """
+
+    phase: Callable[[Any, Sizes], str]
+    family: Callable[[Any, Target], tuple[str, dict[str, int]]]
+    functions: Callable[[Any, str], tuple[str, ...]]
+    workload: Callable[[Any, Sizes, Target, int], Workload] | None = None
+    check: Callable[[Any, Sizes, Target, Callable[..., Any], int], str] | None = None
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to compute an operator.
@@ -42,16 +83,17 @@ class Form:
     configurations, the default first. `lower(spec, configuration, target)` returns what the back end
     builds. `bind(spec, configuration, target, library)` returns the callable that the runtime calls;
     `library` is None for a form that needs no tool chain. `sources` are package-relative folders or
-    files whose text is part of the artifact's key.
+    files whose text is part of the artifact's key. A form with `tuning` can be tuned.
     """
 
     name: str
     backend: str
     decide: Callable[[Any, Target], Declined | None]
-    space: Callable[[Any, Target], list[dict[str, Any]]]
+    space: Callable[[Any, Target], Sequence[dict[str, Any]]]
     bind: Callable[[Any, Configuration, Target, Any], Callable[..., Any]]
     lower: Callable[[Any, Configuration, Target], Any] | None = None
     sources: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)

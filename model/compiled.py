@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +77,9 @@ def layer_handles(block: Block) -> dict[str, Tensor | PackedWeight | int | None]
 class CompiledDecoder:
     """Calls like a Decoder: (ids, cache, position, lengths=None, last_only=True) -> logits."""
 
-    def __init__(self, decoder: Decoder, target: Target, kv: str) -> None:
+    def __init__(self, decoder: Decoder, target: Target, kv: str, **options: Any) -> None:
         self.decoder = decoder
+        self._options = options  # of the program: configurations and libraries other than its own choice
         self.target, self.kv = target, kv
         self.program = self._bind()
         decoder.register_load_state_dict_post_hook(lambda *_: self._rebind())
@@ -97,6 +100,7 @@ class CompiledDecoder:
             decoder.head.weight,
             decoder.norm.weight,
             chunk_spec=chunk_spec(decoder, self.kv, self.target),
+            **self._options,
         )
 
     @torch.inference_mode()
@@ -162,6 +166,13 @@ def compile_decoder(
     except EdgeFormerError as error:
         return None, str(error)
     problem = self_check(compiled, decoder, kv) if check else ""
+    if problem and "record" in compiled.program.record:
+        warnings.warn(f"the default runs instead of {compiled.program.record}: {problem}", stacklevel=2)
+        default = compiled.program.defaults()
+        compiled = CompiledDecoder(
+            decoder, target, kv, configuration=default[0], chunk_configuration=default[1]
+        )
+        problem = self_check(compiled, decoder, kv)
     return (None, problem) if problem else (compiled, "")
 
 
@@ -176,14 +187,16 @@ def plan_programs(decoder: Decoder, kv: str, target: Target) -> list[tuple[str, 
     return [("decoder_step", TVM_CPU, spec) for spec in specs if spec is not None]
 
 
-def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
+def self_check(
+    compiled: CompiledDecoder, decoder: Decoder, kv: str, lengths: tuple[int, ...] | None = None
+) -> str:
     """Compare every segment with the eager model on the same inputs; return what differs, or "".
 
     Each layer is fed the eager hidden states, so that int8 codes that round the other way do not pile
     up: odd lengths, a chunk, several rows, then single tokens over the cache that the program has written.
     """
     c: ModelConfig = decoder.config
-    lengths = (17, 5, 1, 1, 3, 1) if decoder.context >= 28 else (5, 1, 1, 3, 1)
+    lengths = lengths or ((17, 5, 1, 1, 3, 1) if decoder.context >= 28 else (5, 1, 1, 3, 1))
     room = sum(lengths)
     if decoder.context < room:
         return ""
@@ -211,8 +224,8 @@ def self_check(compiled: CompiledDecoder, decoder: Decoder, kv: str) -> str:
                 if not error < _TOLERANCE:
                     return f"the head of the compiled step differs by {error:.2%}"
             eager.length = ours.length = start = end
-        cos, sin = decoder.rope_rows(0, 1, None)
-        embedded = program.run(ours, 0, cos, sin, ids=ids[:, :1], count=0, head=False)
-        if not torch.allclose(embedded, decoder.embed(ids[:, :1]), rtol=1e-5, atol=1e-6):
+        cos, sin, first = *decoder.rope_rows(0, lengths[-1], None), ids[:, : lengths[-1]]
+        embedded = program.run(ours, 0, cos, sin, ids=first, count=0, head=False)
+        if not torch.allclose(embedded, decoder.embed(first), rtol=1e-5, atol=1e-6):
             return "the embedding of the compiled step differs from the eager one"
     return ""

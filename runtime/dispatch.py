@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..compiler.errors import BuildError, DeclinedError
-from ..compiler.operator import Form, Operator
+from ..compiler.lookup import bucket
+from ..compiler.operator import Form, Operator, Sizes
 from ..compiler.target import Target, detect
-from . import launch
+from . import launch, recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What dispatch chose: the form, its configuration, where that came from, and who declined why."""
+    """What dispatch chose: the form, its configuration, where that came from, and who declined why.
+
+    `record` is "default", or which tuning record it is: exact or nearest, of which device, whose.
+    """
 
     operator: str
     spec: str
@@ -26,10 +30,13 @@ class Choice:
     declined: tuple[tuple[str, str], ...] = ()
 
 
-def choose(operator: Operator, spec: Any, target: Target, form: str | None = None) -> tuple[Form, Choice]:
+def choose(
+    operator: Operator, spec: Any, target: Target, form: str | None = None, sizes: Sizes | None = None
+) -> tuple[Form, Choice]:
     """Return the first form of `operator` that accepts `spec` on `target`, and the reasons.
 
-    Asking for a `form` by name raises DeclinedError when it declines or does not exist.
+    With the run-time `sizes` of the call, a tuning record of their bucket gives the configuration. Asking
+    for a `form` by name raises DeclinedError when it declines or does not exist.
     """
     declined: list[tuple[str, str]] = []
     for candidate in operator.forms:
@@ -37,14 +44,14 @@ def choose(operator: Operator, spec: Any, target: Target, form: str | None = Non
             continue
         answer = candidate.decide(spec, target)
         if answer is None:
-            configuration = launch.default_configuration(operator.name, candidate, spec, target)
+            configuration, record = recorded.configuration(operator, candidate, spec, sizes, target)
             choice = Choice(
                 operator.name,
                 spec.key(),
                 candidate.name,
                 candidate.backend,
                 configuration,
-                "default",
+                record,
                 tuple(declined),
             )
             return candidate, choice
@@ -88,16 +95,20 @@ def generation() -> int:
     return _generation
 
 
-def bound(operator: Operator, spec: Any, form: str | None = None) -> Callable[..., Any]:
+def bound(
+    operator: Operator, spec: Any, form: str | None = None, sizes: Sizes | None = None
+) -> Callable[..., Any]:
     """Return the callable for (operator, spec) on the current target; later calls are one look-up.
 
-    When the chosen form cannot be built, the next one that accepts runs instead and the choice says
-    why; an explicit request raises BuildError.
+    `sizes` are the call's run-time sizes: their bucket chooses the configuration, the callable takes any.
+    When the chosen form cannot be built, the next one that accepts runs instead and the choice says why; an
+    explicit request raises BuildError.
     """
-    key = (operator.name, spec, form, _target)
+    buckets = tuple((name, bucket(size)) for name, size in sizes.items()) if sizes else ()
+    key = (operator.name, spec, form, _target, buckets)
     found = _bound.get(key)
     if found is None:
-        found, choice = _bind(operator, spec, form)
+        found, choice = _bind(operator, spec, form, sizes)
         _bound[key] = found
         _choices[key] = choice
     return found
@@ -120,16 +131,18 @@ def planning(target: Target) -> Iterator[list[tuple[str, Form, Any]]]:
         forget()
 
 
-def _bind(operator: Operator, spec: Any, form: str | None) -> tuple[Callable[..., Any], Choice]:
+def _bind(
+    operator: Operator, spec: Any, form: str | None, sizes: Sizes | None
+) -> tuple[Callable[..., Any], Choice]:
     target = current_target()
     if _planned is not None:
-        chosen, choice = choose(operator, spec, target, form)
+        chosen, choice = choose(operator, spec, target, form, sizes)
         _planned.append((operator.name, chosen, spec))
         return operator.form("reference").bind(spec, {}, target, None), choice
     failed: list[tuple[str, str]] = []
     remaining = operator
     while True:
-        chosen, choice = choose(remaining, spec, target, form)
+        chosen, choice = choose(remaining, spec, target, form, sizes)
         try:
             call = launch.bind(operator, chosen, spec, choice.configuration, target)
         except BuildError as error:
@@ -145,5 +158,9 @@ def _bind(operator: Operator, spec: Any, form: str | None) -> tuple[Callable[...
 
 
 def choices() -> list[Choice]:
-    """Return what was bound in this process, in order."""
-    return list(_choices.values())
+    """Return what was bound in this process, in order; buckets that share a configuration once."""
+    found: list[Choice] = []
+    for choice in _choices.values():
+        if choice not in found:
+            found.append(choice)
+    return found

@@ -56,10 +56,10 @@ def use_travelled(kernels: Mapping[tuple[str, str, str], tuple[str, Path]], targ
     _travelled.update({(*key, target.key()): value for key, value in kernels.items()})
 
 
-def default_configuration(name: str, form: Form, spec: Any, target: Target) -> dict[str, Any]:
-    """Return the configuration that a travelled library was built with, else the form's default."""
+def travelled_configuration(name: str, form: Form, spec: Any, target: Target) -> dict[str, Any] | None:
+    """Return the configuration that a compiled folder's library was built with; None without one."""
     found = _travelled.get((name, form.name, spec.key(), target.key()))
-    return form.space(spec, target)[0] if found is None else json.loads(found[0])
+    return None if found is None else json.loads(found[0])
 
 
 @contextmanager

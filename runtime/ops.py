@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compiler.errors import UnsupportedError
-from ..compiler.operator import Operator
+from ..compiler.operator import Operator, Sizes
 from ..kernels.attention import OPERATOR as ATTENTION
 from ..kernels.attention import AttentionSpec
 from ..kernels.attention.space import fastest_math
@@ -40,12 +40,18 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 _calls: dict[tuple[Any, ...], Any] = {}
 
 
-def _call(key: tuple[Any, ...], operator: Operator, spec: Callable[[], Any], form: str | None) -> Any:
+def _call(
+    key: tuple[Any, ...],
+    operator: Operator,
+    spec: Callable[[], Any],
+    form: str | None,
+    sizes: Sizes | None = None,
+) -> Any:
     """Return the bound callable for `key`; the spec (some microseconds of checks) is made once."""
     key = (*key, dispatch.generation())
     call = _calls.get(key)
     if call is None:
-        call = _calls[key] = bound(operator, spec(), form)
+        call = _calls[key] = bound(operator, spec(), form, sizes)
     return call
 
 
@@ -100,23 +106,16 @@ def quant_matmul(
                 "a softcap has no gradient; call the product without it and cap in PyTorch"
             )
         return autograd.quant_matmul(x, weight, bias, residual, epilogue, activation, form)
+    m = x.numel() // k
     if activation == "auto":
-        activation = fastest_activation(x.numel() // k, weight.format, dispatch.current_target())
+        activation = fastest_activation(m, weight.format, dispatch.current_target())
     cache: dict[Any, Any] = weight.__dict__.setdefault("bound_calls", {})
-    key = (
-        x.dtype,
-        epilogue,
-        activation,
-        bias is None,
-        residual is None,
-        softcap,
-        form,
-        dispatch.generation(),
-    )
+    flags = (bias is None, residual is None, softcap, form, dispatch.generation())
+    key = (x.dtype, epilogue, activation, m.bit_length(), *flags)
     call = cache.get(key)
     if call is None:
         call = cache[key] = _bind_matmul(
-            x, weight, bias is not None, residual is not None, epilogue, activation, softcap, form
+            x, weight, bias is not None, residual is not None, epilogue, activation, softcap, form, m
         )
     shape = x.shape
     flat = x if x.dim() == 2 else x.reshape(-1, k)
@@ -164,6 +163,7 @@ def _bind_matmul(
     activation: str,
     softcap: float,
     form: str | None,
+    m: int,
 ) -> Any:
     if weight.format.is_float and activation == "int8":
         activation = "float"
@@ -178,7 +178,7 @@ def _bind_matmul(
     spec = QuantMatmulSpec(
         weight.n, weight.k, weight.format, activation, dtype_name(x, "x"), epilogue, bias, residual, softcap
     )
-    return bound(QUANT_MATMUL, spec, form)
+    return bound(QUANT_MATMUL, spec, form, {"m": max(m, 1)})
 
 
 def _gpu_matmul(
@@ -379,9 +379,10 @@ def attention(
         types = (dtype_name(q, "q"), _kv_name(k))
         return AttentionSpec(*shape, *types, mask, "strided", *flags, bias_name, math=math)
 
-    bias_dtype = None if bias is None else bias.dtype
+    bias_dtype, tq, tk = None if bias is None else bias.dtype, q.shape[2], k.shape[2]
     key = ("attention", *shape, q.dtype, k.dtype, mask, *flags, bias_dtype, math, form)
-    out, lse = _call(key, ATTENTION, spec, form)(
+    key = (*key, tq.bit_length(), tk.bit_length())
+    out, lse = _call(key, ATTENTION, spec, form, {"tq": tq, "tk": tk})(
         q, k, v, lengths=lengths, bias=bias, prefix=prefix, window=window, sinks=sinks, softcap=softcap,
         scale=scale, q_offset=q_offset, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
@@ -420,9 +421,11 @@ def attention_cached(
         return AttentionSpec(*shape, *types, mask, "blocked", *flags, bias_dtype=bias_name, math=math)
 
     bias_dtype = None if bias is None else bias.dtype
+    tq, tk = q.shape[2], position + q.shape[2]
     key = ("attention_cached", *shape, q.dtype, cache.k.dtype, mask, *flags, bias_dtype, math, form)
-    return _call(key, ATTENTION, spec, form)(
-        q, cache.k, cache.v, tk=position + q.shape[2], k_scale=cache.k_scale, v_scale=cache.v_scale,
+    key = (*key, tq.bit_length(), tk.bit_length())
+    return _call(key, ATTENTION, spec, form, {"tq": tq, "tk": tk})(
+        q, cache.k, cache.v, tk=tk, k_scale=cache.k_scale, v_scale=cache.v_scale,
         lengths=lengths, bias=bias, window=window, softcap=softcap, scale=scale, sinks=sinks,
     )[0]  # fmt: skip
 
@@ -533,20 +536,21 @@ def decode_attention(
     for these heads.
     """
     calls: dict[Any, Any] = cache.cache.bound_calls
-    key = (q.shape, q.dtype, softcap, cache.k.shape[:2], dispatch.generation())
+    tk = position + 1
+    key = (q.shape, q.dtype, softcap, cache.k.shape[:2], tk.bit_length(), dispatch.generation())
     call = calls.get(key)
     if call is None:
         spec = AttentionSpec(
             q.shape[1], cache.k.shape[1], q.shape[3], cache.v.shape[3], dtype_name(q, "q"), cache.dtype,
             "none", "blocked", softcap=bool(softcap),
         )  # fmt: skip
-        checked = bound(ATTENTION, spec)
+        checked = bound(ATTENTION, spec, None, {"tq": 1, "tk": tk})
         checked(q, cache.k, cache.v, tk=1, softcap=softcap, **_scales(cache))  # once with every check
         call = calls[key] = getattr(checked, "unchecked", checked)
     if q.stride(3) != 1:
         q = q.contiguous()
     options = _scales(cache)
-    return call(q, cache.k, cache.v, tk=position + 1, softcap=softcap, scale=scale, **options)[0]
+    return call(q, cache.k, cache.v, tk=tk, softcap=softcap, scale=scale, **options)[0]
 
 
 def _scales(cache: LayerKV) -> dict[str, Any]:

@@ -37,6 +37,16 @@ def read_bandwidth(threads: int | None = None, megabytes: int = 256, repeats: in
     return lines * LINE_BYTES / _best(lambda: read(count, lines, data.data_ptr(), out.data_ptr()), repeats)
 
 
+def read_area(address: int, nbytes: int) -> float:
+    """Return the bytes per second of reading the caller's memory once, on the threads that are set."""
+    count, lines = torch.get_num_threads(), nbytes // LINE_BYTES
+    out = torch.zeros(count * 16, dtype=torch.int32)
+    read = _library().function("read")
+    start = time.perf_counter()
+    read(count, lines, address, out.data_ptr())
+    return lines * LINE_BYTES / (time.perf_counter() - start)
+
+
 def int8_dot_peak(threads: int | None = None, repeats: int = 5) -> float:
     """Return the best operations per second of the target's int8 dot product on operands in L1."""
     return _tile_peak("dot", threads, repeats) * dot_operations(current_target().isa, _ROUNDS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.errors import CapacityError, DeclinedError, UnsupportedError
+from ..compiler.operator import Operator
 from ..compiler.target import Target
 from ..kernels.attention.areas import decode_area, decode_chunk, partial_bytes, prefill_area
 from ..kernels.decoder_step import (
@@ -16,6 +17,7 @@ from ..kernels.decoder_step import (
     LAYER_NUMBERS,
     LAYER_SLOTS,
     LAYER_WEIGHTS,
+    STEP_ROWS,
     TVM_CPU,
     DecoderStepSpec,
     LayerFormats,
@@ -24,14 +26,37 @@ from ..kernels.decoder_step.workspace import BARRIER_BYTES, chunk_area, thread_a
 from ..kernels.embedding.spec import check_ids
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.shared.memory import aligned_empty, large_page_empty
-from . import launch
+from . import launch, recorded
 from .kv_cache import KVCache
 from .threads import team_size
 
-MAX_ROWS = 8  # of a step; more are a chunk
+MAX_ROWS = STEP_ROWS  # of a step; more are a chunk
+TUNED_SIZES = (
+    {"m": 1, "tk": 512},
+    {"m": 512, "tk": 512},
+)  # of steps and of chunks: what records are looked up for
 CHUNK_ROWS = 1024
 _NO_WINDOW = 1 << 40
 _TILE_ROWS = 96  # a multiple of every register tile's rows
+
+
+OPERATOR = Operator("decoder_step", DecoderStepSpec, reference=lambda: None, forms=(TVM_CPU,))
+
+
+def choose_configurations(
+    spec: DecoderStepSpec, chunk_spec: DecoderStepSpec | None, target: Target
+) -> tuple[tuple[dict[str, Any], str], tuple[dict[str, Any], str]]:
+    """Return (configuration, where it comes from) of steps and of chunks; one program has one of both."""
+    few, many = (
+        recorded.configuration(OPERATOR, TVM_CPU, problem, sizes, target)
+        for problem, sizes in zip((spec, chunk_spec or spec), TUNED_SIZES)
+    )
+    if chunk_spec is not None:
+        return few, many
+    space = TVM_CPU.space(spec, target)
+    default = space[0]
+    joined = few[0] | {name: value for name, value in many[0].items() if value != default[name]}
+    return (joined, few[1]), (joined, many[1])
 
 
 class StepProgram:
@@ -54,27 +79,21 @@ class StepProgram:
         head_norm: Tensor,
         configuration: dict[str, Any] | None = None,
         chunk_spec: DecoderStepSpec | None = None,
+        chunk_configuration: dict[str, Any] | None = None,
+        libraries: tuple[Any, Any] | None = None,
     ) -> None:
         declined = TVM_CPU.decide(spec, target)
         if declined is not None:
             raise DeclinedError(f"the whole step: {declined.reason}")
         self.spec, self.target = spec, target
-        self.configuration = configuration or launch.default_configuration(
-            "decoder_step", TVM_CPU, spec, target
-        )
-        library = launch.load_or_build("decoder_step", TVM_CPU, spec, self.configuration, target)
-        if library.handle is None:
-            raise DeclinedError("the whole step: without a linker kernels run on TVM's own thread pool")
-        self._step_1, self._step_n = library.function("step_1"), library.function("step_n")
         self.chunk_spec = chunk_spec or spec
-        self.chunk_configuration = launch.default_configuration(
-            "decoder_step", TVM_CPU, self.chunk_spec, target
-        )
-        if chunk_spec is not None:
-            library = launch.load_or_build(
-                "decoder_step", TVM_CPU, chunk_spec, self.chunk_configuration, target
-            )
-        self._chunk = library.function("chunk")
+        chosen = choose_configurations(spec, chunk_spec, target)
+        self.configuration = configuration or chosen[0][0]
+        self.chunk_configuration = chunk_configuration or chosen[1][0]
+        self.record = "" if configuration or chunk_configuration else f"{chosen[0][1]}; {chosen[1][1]}"
+        step, chunk = libraries or self._libraries(chunk_spec)
+        self._step_1, self._step_n = step.function("step_1"), step.function("step_n")
+        self._chunk = chunk.function("chunk")
         self._chunk_arena: torch.Tensor | None = None
         self._chunk_key = (0, 0)
         self._rows = int(self.configuration["small_rows"])
@@ -92,6 +111,19 @@ class StepProgram:
         self._cache: KVCache | None = None
         self._threads = self._asked = 0
         self._keys = 0
+
+    def defaults(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the untuned configurations of steps and of chunks."""
+        few, many = (TVM_CPU.space(spec, self.target)[0] for spec in (self.spec, self.chunk_spec))
+        return few, many
+
+    def _libraries(self, chunk_spec: DecoderStepSpec | None) -> tuple[Any, Any]:
+        """Return the loaded libraries of steps and of chunks: one, unless chunks are another problem."""
+        load = lambda spec, c: launch.load_or_build("decoder_step", TVM_CPU, spec, c, self.target)  # noqa: E731
+        step = load(self.spec, self.configuration)
+        if step.handle is None:
+            raise DeclinedError("the whole step: without a linker kernels run on TVM's own thread pool")
+        return step, step if chunk_spec is None else load(chunk_spec, self.chunk_configuration)
 
     def bind_handle(self, layer: int, name: str, value: Tensor | PackedWeight | int | None) -> None:
         """Bind a packed weight, an fp32 vector or a number of one layer. The code does not change."""

@@ -25,3 +25,8 @@ def operators() -> dict[str, Operator]:
 
     modules = (quant_matmul, attention, append, mla, norm, rope, embedding, sampling, sparse_mlp, gated_silu)
     return {module.OPERATOR.name: module.OPERATOR for module in modules}
+
+
+def tunable() -> dict[str, Operator]:
+    """Return every operator that has a form with tuning, by name."""
+    return {name: operator for name, operator in operators().items() if any(f.tuning for f in operator.forms)}

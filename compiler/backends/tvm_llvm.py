@@ -159,7 +159,11 @@ def _llvm_target(target: Target) -> dict[str, Any]:
 
 def build(functions: list[Any], target: Target, folder: Path) -> None:
     """Compile `functions` and link them to `folder`/kernels.so. Raises BuildError."""
-    executable = compile_module(functions, target)
+    link(compile_module(functions, target), target, folder)
+
+
+def link(executable: Any, target: Target, folder: Path) -> None:
+    """Link what `compile_module` returned to `folder`/kernels.so. Raises BuildError."""
     command = linker(target)
     if command is None:
         raise BuildError(no_linker(target))
@@ -276,7 +280,12 @@ class JitLibrary:
 
 def inspect(functions: list[Any], target: Target) -> Inspection:
     """Compile `functions` and read the assembly: instructions, and vector spills to the stack."""
-    assembly = compile_module(functions, target).mod.inspect_source("asm")
+    return inspect_executable(compile_module(functions, target))
+
+
+def inspect_executable(executable: Any) -> Inspection:
+    """Read the assembly of what `compile_module` returned."""
+    assembly = executable.mod.inspect_source("asm")
     body = [line for line in assembly.splitlines() if line.startswith("\t") and not line.startswith("\t.")]
     spills = sum("Spill" in line or bool(re.search(r"[xyz]mm\d+, -?\d*\(%rsp", line)) for line in body)
     return Inspection(len(body), spills, assembly)

@@ -10,6 +10,7 @@ from ..shared.isa.table import MATRIX
 from .reference import attention, reference_call
 from .space import space
 from .spec import AttentionSpec
+from .tuning import TUNING
 
 __all__ = ["OPERATOR", "TVM_CPU", "AttentionSpec"]
 
@@ -53,5 +54,6 @@ TVM_CPU = Form(
     bind=_bind,
     lower=_lower,
     sources=("kernels/attention", "kernels/shared", "compiler/backends/tvm_llvm.py"),
+    tuning=TUNING,
 )
 OPERATOR = Operator("attention", AttentionSpec, attention, (TVM_CPU, reference_form(reference_call)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...compiler.operator import Declined, Form
+from ...compiler.operator import Declined, Form, Sizes, Tuning
+from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..quant_matmul.space import prefetches
+from ..quant_matmul.space import prefetch_values
 from ..shared.isa.table import MATRIX, TABLE
 from .spec import (
     LAYER_CACHES,
@@ -20,9 +21,12 @@ from .spec import (
 )  # fmt: skip
 
 __all__ = [
-    "LAYER_CACHES", "LAYER_NUMBERS", "LAYER_SLOTS", "LAYER_VECTORS", "LAYER_WEIGHTS", "TVM_CPU",
-    "DecoderStepSpec", "LayerFormats",
+    "DECODE", "LAYER_CACHES", "LAYER_NUMBERS", "LAYER_SLOTS", "LAYER_VECTORS", "LAYER_WEIGHTS", "PREFILL",
+    "STEP_ROWS", "TVM_CPU", "DecoderStepSpec", "LayerFormats",
 ]  # fmt: skip
+
+STEP_ROWS = 8  # up to so many rows are a step, more a chunk
+DECODE, PREFILL = "decode", "prefill"
 
 
 def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
@@ -40,12 +44,49 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
     return None
 
 
-def _space(spec: DecoderStepSpec, target: Target) -> list[dict[str, Any]]:
-    small, large = TABLE[target.isa].tiles[0]
-    kv = attention_space(spec.attention(), target)[0]
-    shared = {"small_rows": small, "chunk": kv["chunk"], "kv_prefetch": kv["prefetch"]}
-    shared |= {"large_rows": large, "block_q": kv["block_q"], "block_k": kv["block_k"]}
-    return [shared | ahead for ahead in prefetches(target)]
+def _space(spec: DecoderStepSpec, target: Target) -> Space:
+    """Return the configurations of steps (few rows) and chunks (many), the default first."""
+    tiles = TABLE[target.isa].tiles
+    small, large = tiles[0][0], tuple(dict.fromkeys(rows for _, rows in tiles))
+    attention = attention_space(spec.attention(), target)
+    kv = {axis.name: axis.values for axis in attention.axes}
+    distances, places = prefetch_values(target)
+    decode, prefill = (DECODE,), (PREFILL,)
+    axes = (
+        Axis("small_rows", (small,)),  # the arena's layout depends on it
+        Axis("chunk", kv["chunk"], decode),
+        Axis("kv_prefetch", kv["prefetch"], decode),
+        Axis("prefetch", distances, decode),
+        Axis("prefetch_locality", places, decode),
+        Axis("large_rows", large, prefill if spec.activation != "bfloat16" else ("none",)),
+        Axis("block_q", kv["block_q"], prefill),
+        Axis("block_k", kv["block_k"], prefill),
+    )
+    constraints = (
+        Constraint(
+            "without prefetch there is no place to put it",
+            lambda c: bool(c["prefetch"]) or c["prefetch_locality"] == places[0],
+        ),
+        *(
+            Constraint(constraint.name, lambda c, holds=constraint.holds: holds(c))
+            for constraint in attention.constraints
+        ),
+    )
+    return Space(axes, constraints)
+
+
+def _phase(spec: DecoderStepSpec, sizes: Sizes) -> str:
+    return DECODE if sizes["m"] <= STEP_ROWS else PREFILL
+
+
+def _family(spec: DecoderStepSpec, target: Target) -> tuple[str, dict[str, int]]:
+    key = spec.key().split(" ")
+    sizes = {"hidden": spec.hidden, "intermediate": spec.intermediate, "vocab": spec.vocab}
+    return " ".join(key[3:]), sizes
+
+
+def _functions(spec: DecoderStepSpec, phase: str) -> tuple[str, ...]:
+    return ("step_1",) if phase == DECODE else ("chunk",)
 
 
 def _lower(spec: DecoderStepSpec, configuration: Any, target: Target) -> list[Any]:
@@ -66,4 +107,5 @@ TVM_CPU = Form(
     bind=_bind,
     lower=_lower,
     sources=("kernels", "compiler/backends/tvm_llvm.py"),
+    tuning=Tuning(_phase, _family, _functions),
 )

@@ -13,6 +13,7 @@ from .packing import PackedWeight, pack
 from .reference import quant_matmul as reference
 from .space import space
 from .spec import QuantMatmulSpec
+from .tuning import TUNING
 from .weight_format import CanonicalWeight, WeightFormat
 
 __all__ = ["OPERATOR", "CanonicalWeight", "PackedWeight", "QuantMatmulSpec", "WeightFormat", "pack"]
@@ -54,5 +55,6 @@ TVM_CPU = Form(
     bind=_bind,
     lower=_lower,
     sources=("kernels/quant_matmul", "kernels/shared", "compiler/backends/tvm_llvm.py"),
+    tuning=TUNING,
 )
 OPERATOR = Operator("quant_matmul", QuantMatmulSpec, reference, (TVM_CPU, reference_form(_reference)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
+from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..shared.isa.table import TABLE
+from .packing import BLOCK
 from .spec import QuantMatmulSpec
 from .weight_format import WeightFormat
 
-# Bytes ahead, and how near the core (3: L1, 1: L2), the default first. On Zen 5 L1 is best; on Emerald Rapids
-# L1 has too few outstanding lines: into L2, 135M decodes 1.45x as fast, 1B 1.08x.
-_PREFETCH = [(4096, 3), (0, 3), (1024, 3), (2048, 3), (8192, 3), (16384, 3), (8192, 1), (16384, 1)]
-_PREFETCH_AMX = [(16384, 1), (8192, 1), (4096, 1), (4096, 3), (8192, 3), (0, 3)]
-_GEMM_FROM = [16, 8, 32]
+# Bytes ahead, and how near the core (3: L1, 1: L2, 0: past them), the default first. On Zen 5 L1 is best;
+# on Emerald Rapids L1 has too few outstanding lines: into L2, 135M decodes 1.45x as fast, 1B 1.08x.
+_DISTANCES = (4096, 0, 1024, 2048, 8192, 16384)
+_DISTANCES_AMX = (16384, 8192, 4096, 2048, 32768, 0)
+_GEMM_FROM = (16, 8, 32)
+GEMV, FEW, MANY = "gemv", "few", "many"  # phases: one row, fewer rows than any switch to panels, more
 
 
 _MATRIX_FROM = 9  # rows from which a tile of 16 bf16 rows beats int8 dot products
@@ -30,16 +30,38 @@ def fastest_activation(rows: int, weight: WeightFormat, target: Target) -> str:
     return "float" if weight.is_float else "int8"
 
 
-def space(spec: QuantMatmulSpec, target: Target) -> list[dict[str, Any]]:
-    """Return every configuration, the default first."""
-    tiles = TABLE[target.isa].tiles
-    return [
-        {"small_rows": small, "large_rows": large, **prefetch, "gemm_from": switch}
-        for (small, large), prefetch, switch in itertools.product(tiles, prefetches(target), _GEMM_FROM)
-    ]
+def space(spec: QuantMatmulSpec, target: Target) -> Space:
+    """Return the configurations of this problem on this target, the default first."""
+    entry = TABLE[target.isa]
+    vectors = BLOCK // entry.lanes
+    small, large = (tuple(dict.fromkeys(rows)) for rows in zip(*entry.tiles))
+    distances, places = prefetch_values(target)
+    axes = (
+        Axis("small_rows", small, (FEW,)),
+        Axis("large_rows", large, (FEW, MANY) if spec.activation != "bfloat16" else ("none",)),
+        Axis("prefetch", distances, (GEMV, FEW)),
+        Axis("prefetch_locality", places, (GEMV, FEW)),
+        Axis("gemm_from", _GEMM_FROM, (FEW,)),
+        Axis("gemv_vectors", tuple(v for v in (8, 4, 2, 1) if v <= vectors), (GEMV,)),
+        Axis(
+            "tile_vectors",
+            (2, 1) if vectors > 1 else (1,),
+            (FEW, MANY) if spec.activation != "bfloat16" else ("none",),
+        ),
+    )
+    constraint = Constraint(
+        "without prefetch there is no place to put it",
+        lambda c: bool(c["prefetch"]) or c["prefetch_locality"] == places[0],
+    )
+    return Space(axes, (constraint,))
+
+
+def prefetch_values(target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how many bytes ahead weights are asked for and how near the core, the defaults first."""
+    return (_DISTANCES_AMX, (1, 3, 0)) if target.isa == "amx" else (_DISTANCES, (3, 1, 0))
 
 
 def prefetches(target: Target) -> list[dict[str, int]]:
     """Return the ways to ask for weights ahead, the default first."""
-    found = _PREFETCH_AMX if target.isa == "amx" else _PREFETCH
-    return [{"prefetch": distance, "prefetch_locality": locality} for distance, locality in found]
+    distances, places = prefetch_values(target)
+    return [{"prefetch": d, "prefetch_locality": p} for p in places for d in distances if d or p == places[0]]

@@ -34,13 +34,14 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
     isa = by_name(str(configuration.get("isa") or target.isa))
     large = many_rows(spec, configuration)
     if spec.activation == "bfloat16":
-        return [_many("gemm", isa, spec, large)]
+        return [_many("gemm", isa, spec, large, 2)]
     prefetch = Prefetch.of(configuration)
-    vectors = BLOCK // isa.lanes
+    most = BLOCK // isa.lanes
+    single, tile = (min(int(configuration[name]), most) for name in ("gemv_vectors", "tile_vectors"))
     return [
-        _direct("gemv", isa, spec, 1, vectors, prefetch),
-        _direct("rows", isa, spec, int(configuration["small_rows"]), min(2, vectors), prefetch),
-        _many("gemm", isa, spec, large),
+        _direct("gemv", isa, spec, 1, single, prefetch),
+        _direct("rows", isa, spec, int(configuration["small_rows"]), tile, prefetch),
+        _many("gemm", isa, spec, large, tile),
     ]
 
 
@@ -107,10 +108,10 @@ def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1)
                 _unit(c, unit, tir.let(t * c.rows), compute)
 
 
-def _many(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int) -> Any:
+def _many(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int) -> Any:
     """Large M: rows prepared in parallel, then column blocks claimed by the threads."""
     kernel = new_kernel(name, spec)
-    c = Context(isa, spec, kernel, rows, min(2, BLOCK // isa.lanes))
+    c = Context(isa, spec, kernel, rows, min(vectors, BLOCK // isa.lanes))
     with tir.parallel(row_tiles(c) * rows) as row:
         prepare_many(c, row)
     reset(kernel["counter"])

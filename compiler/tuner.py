@@ -1,0 +1,236 @@
+"""The tuning loop: problems share a time budget; trials go to the journal, winners to the records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from .journal import GOOD, NOISY, Journal, Trial
+from .lookup import Wanted
+from .measure import Measured, wins
+from .records import Record, RecordStore
+from .search import Evolution
+from .space import Space
+
+TOP = 4  # candidates that are timed again, in turn with what ran before
+PASSES = 15  # of that last comparison
+PATIENCE = 32  # trials in a row without a better one that end a search
+_KEPT_SECONDS = 0.15  # part of a problem's time that is left for the last comparison
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to tune: what a record of it will be about, the space of its phase, and its importance.
+
+    `request` is what the evaluator needs to know; it pickles.
+    """
+
+    title: str
+    wanted: Wanted
+    space: Space
+    request: Any
+    weight: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """The problem's name in the journal."""
+        return self.wanted.empty({}).key
+
+
+class Evaluator(Protocol):
+    """Builds, checks and times configurations. Raises nothing for a bad one: its Trial says so."""
+
+    def trial(self, problem: Problem, configuration: Mapping[str, Any]) -> Trial:
+        """Check a configuration against the reference, and time it in turn with the default."""
+        ...
+
+    def compare(self, problem: Problem, configurations: Sequence[Mapping[str, Any]], passes: int) -> Measured:
+        """Time right configurations in turn."""
+        ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the progress callback gets: `kind` is "problem", "trial" or "record"; None where it says nothing.
+
+    `best` is the best ratio to the default so far; `seconds_left` of the whole budget; `done` of `total`
+    problems are finished.
+    """
+
+    kind: str
+    problem: Problem
+    trials: int
+    best: float
+    seconds_left: float
+    done: int
+    total: int
+    trial: Trial | None = None
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a problem: "tuned", "kept" (a record was there), "busy" (another tuner has it), "failed",
+    "stopped" (the budget was spent before its search ended); trials made now; the record, if there is one.
+    """
+
+    problem: Problem
+    state: str
+    trials: int
+    record: Record | None = None
+    note: str = ""
+
+
+def tune(
+    problems: Sequence[Problem],
+    evaluator: Evaluator,
+    records: RecordStore,
+    journal: Journal,
+    *,
+    seconds: float,
+    versions: Mapping[str, str],
+    most_trials: int = 1 << 30,
+    more: bool = False,
+    progress: Callable[[Event], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    seed: int = 0,
+) -> list[Outcome]:
+    """Tune each problem within its share of `seconds`, by weight; what one leaves goes to the next.
+
+    A problem with a record of the user's own is left alone, unless `more` is asked for: then its search goes
+    on, and a new winner has to beat the record. A problem that another tuner works on is left to it.
+    Ctrl-C (KeyboardInterrupt) passes through; every trial that ended is in the journal.
+    """
+    end = clock() + seconds
+    own = {record.key: record for record, origin in records.all() if origin == "yours"}
+    outcomes: list[Outcome] = []
+    waiting = []
+    for problem in problems:
+        if problem.key in own and not more:
+            outcomes.append(Outcome(problem, "kept", 0, own[problem.key]))
+        else:
+            waiting.append(problem)
+    for at, problem in enumerate(waiting):
+        total = sum(p.weight for p in waiting[at:])
+        share = (end - clock()) * problem.weight / total
+        with journal.claim(problem.key) as mine:
+            if not mine:
+                outcomes.append(Outcome(problem, "busy", 0))
+                continue
+            fresh = next((r for _, r in records.files() if r.key == problem.key), None)
+            if fresh is not None and not more:  # another tuner finished it meanwhile
+                outcomes.append(Outcome(problem, "kept", 0, fresh))
+                continue
+            say = _Speaker(progress, problem, end, clock, len(outcomes), len(problems))
+            search = _Search(problem, evaluator, records, journal, versions, fresh, clock, seed, say)
+            outcomes.append(search.run(clock() + share, most_trials))
+    return outcomes
+
+
+@dataclass
+class _Speaker:
+    progress: Callable[[Event], None] | None
+    problem: Problem
+    end: float
+    clock: Callable[[], float]
+    done: int
+    total: int
+
+    def __call__(self, kind: str, trials: int, best: float, **more: Any) -> None:
+        if self.progress is not None:
+            left = max(0.0, self.end - self.clock())
+            self.progress(Event(kind, self.problem, trials, best, left, self.done, self.total, **more))
+
+
+@dataclass
+class _Search:
+    problem: Problem
+    evaluator: Evaluator
+    records: RecordStore
+    journal: Journal
+    versions: Mapping[str, str]
+    old: Record | None
+    clock: Callable[[], float]
+    seed: int
+    say: _Speaker
+
+    def run(self, end: float, most_trials: int) -> Outcome:
+        problem, key = self.problem, self.problem.key
+        search = Evolution(problem.space, self.seed)
+        trials = self.journal.trials(key)
+        started, made, first = self.clock(), 0, len(trials)
+        self.say("problem", first, _best(trials))
+        ended = "stopped"
+        while made < most_trials:
+            now = self.clock()
+            if now >= end - _KEPT_SECONDS * (end - started):
+                break
+            configuration = None if _patience_is_over(trials) else search.propose(trials)
+            if configuration is None:
+                ended = "tuned"
+                break
+            if not self.journal.start(key, problem.title, configuration):
+                trials.append(Trial(configuration, "crash", note="tried before"))
+                continue
+            try:
+                trial = self.evaluator.trial(problem, configuration)
+            except BaseException:
+                self.journal.abandon(key, configuration)
+                raise
+            self.journal.finish(key, trial)
+            trials.append(trial)
+            made += 1
+            self.say("trial", len(trials), _best(trials), trial=trial)
+        if not trials and ended == "stopped":
+            return Outcome(problem, "stopped", made, self.old, "the time was over before its first trial")
+        return self._conclude(trials, made, ended)
+
+    def _conclude(self, trials: list[Trial], made: int, ended: str) -> Outcome:
+        """Time the best in turn with the default (and the old record's), and store what won."""
+        problem = self.problem
+        default = problem.space.default
+        old = problem.space.complete(self.old.configuration) if self.old else default
+        rivals = [default] + ([old] if old != default else [])
+        right = [t for t in trials if t.status in (GOOD, NOISY) and t.ratio is not None]
+        right.sort(key=lambda t: (t.status == NOISY, t.ratio))
+        top = [t.configuration for t in right[:TOP] if t.configuration not in rivals]
+        try:
+            measured = self.evaluator.compare(problem, [*rivals, *top], PASSES)
+        except RuntimeError as error:
+            return Outcome(problem, "failed", made, self.old, str(error))
+        times, incumbent = measured.times, len(rivals) - 1
+        best = min(range(len(times)), key=lambda i: measured.samples[i].seconds)
+        if best != incumbent and not wins(times[incumbent], times[best]):
+            best = incumbent
+        if best == 1 == incumbent and not wins(
+            times[0], times[1]
+        ):  # the old record no longer beats the default
+            best = 0
+        sample = measured.samples[best]
+        record = replace(
+            problem.wanted.empty(problem.space.essential([*rivals, *top][best])),
+            seconds=sample.seconds,
+            spread=sample.spread,
+            default_seconds=measured.samples[0].seconds,
+            trials=len(trials),
+            versions=dict(self.versions),
+        )
+        self.records.put(record)
+        self.journal.settle(problem.key, ended == "tuned")
+        self.say("record", len(trials), record.seconds / record.default_seconds, record=record)
+        return Outcome(problem, "tuned", made, record, "" if ended == "tuned" else "the search can go on")
+
+
+def _best(trials: Sequence[Trial]) -> float:
+    return min((t.ratio for t in trials if t.status == GOOD and t.ratio is not None), default=1.0)
+
+
+def _patience_is_over(trials: Sequence[Trial]) -> bool:
+    best, since = 1.0, 0
+    for trial in trials:
+        since += 1
+        if trial.ratio is not None and trial.status == GOOD and trial.ratio < best * 0.99:
+            best, since = trial.ratio, 0
+    return since >= PATIENCE
