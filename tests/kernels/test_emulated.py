@@ -37,10 +37,7 @@ from edgeformer.kernels.rope.spec import RopeSpec
 
 from .attention.conftest import check, make_problem
 
-pytestmark = [
-    pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing())),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 TARGETS = ["raspberry-pi-4", "raspberry-pi-5"]
 targets = pytest.mark.parametrize("name", TARGETS)
 PRODUCTS = {
