@@ -215,7 +215,7 @@ def phase_limits(model: Any, test: Any, limits: Limits) -> dict[str, float]:
         memory = 0.0 if cached else nbytes / limits.read_bandwidth
         return max(memory, operations / rate if rate else 0.0)
 
-    found = dict.fromkeys(("qkv", "o", "gate_up", "down"), 0.0)
+    found: dict[str, float] = dict.fromkeys(("qkv", "o", "gate_up", "down"), 0.0)
     for kind in program.kinds:
         for name in ("qkv", "values", "o", "gate_up", "down"):
             if name != "values" or kinds[kind].values is not None:

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             return QuantLinear(weight, bias=bias, activation=activation, residual=residual,
                                gate=config.activation, target=target)  # fmt: skip
 
-        def heads(at: str) -> dict[str, QuantLinear | None]:
+        def heads(at: str) -> dict[str, Any]:
             """Queries, keys and values as one product; as two where the values have another format."""
             names = [at + part for part in "qkv"]
             parts = [read(name) for name in names]

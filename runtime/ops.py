@@ -141,7 +141,7 @@ def matmul_row(
     """
     if activation == "auto":
         activation = fastest_activation(1, weight.format, dispatch.current_target())
-    call = _bind_matmul(torch.empty(0, dtype=dtype), weight, bias, False, epilogue, activation, 0.0, None)
+    call = _bind_matmul(torch.empty(0, dtype=dtype), weight, bias, False, epilogue, activation, 0.0, None, 1)
     return getattr(call, "row", None)
 
 

@@ -118,6 +118,7 @@ def _speaks(worker: subprocess.Popen[bytes]) -> bool:
 
     process, start = psutil.Process(worker.pid), time.monotonic()
     before = sum(process.cpu_times()[:2])
+    assert worker.stdout is not None
     while not select.select([worker.stdout], [], [], 1.0)[0]:
         try:
             used = sum(process.cpu_times()[:2]) - before

@@ -13,6 +13,7 @@ from edgeformer.kernels.quant_matmul import pack
 from edgeformer.kernels.quant_matmul.packing import Geometry
 from edgeformer.model.load.blocks import FORMATS, WIDENED, decode_blocks
 from edgeformer.model.load.container import BLOCKS, TensorInfo
+from edgeformer.model.load.gguf import GGUFCheckpoint
 from edgeformer.model.loading import open_checkpoint
 
 from .conftest import random_blocks
@@ -57,7 +58,9 @@ def test_bits_in_memory_are_those_of_the_file_or_said(name: str) -> None:
 
 def test_the_report_names_every_type(make_gguf) -> None:
     types = {"blk.0.attn_v.weight": "IQ4_NL", "token_embd.weight": "Q6_K"}
-    rows = open_checkpoint(make_gguf("Q4_K", types=types, hidden=256, mlp=256, heads=4).path).types()
+    checkpoint = open_checkpoint(make_gguf("Q4_K", types=types, hidden=256, mlp=256, heads=4).path)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    rows = checkpoint.types()
     assert {row["type"]: row["tensors"] for row in rows} == {"Q4_K": 13, "IQ4_NL": 1, "Q6_K": 1}
     assert {row["type"]: (row["bits_in_file"], row["bits"]) for row in rows} == {
         "Q4_K": (4.5, 4.625), "IQ4_NL": (4.5, 8.5), "Q6_K": (6.5625, 6.5625),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def test_same_greedy_tokens_as_this_host(smollm2: Path, tmp_path: Path, name: st
         caches = [
             KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, CONTEXT, dtype="bf16") for _ in range(2)
         ]
+        device: Any = None
         ids, position = torch.tensor([host.tokenizer.encode(PROMPT)]), 0
         found: list[int] = []
         while len(found) < TOKENS:

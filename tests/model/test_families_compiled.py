@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def _this_host() -> Iterator[None]:
     use_target(None)
 
 
-def build(name: str, activation: str = "float", **options: str) -> tuple[Decoder, object]:
+def build(name: str, activation: str = "float", **options: Any) -> tuple[Decoder, object]:
     """A decoder of whole blocks of 32 columns, and transformers' model."""
     family = next(f for f in FAMILIES if f.name == name)
     model = hugging_face(family, hidden_size=128)

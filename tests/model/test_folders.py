@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         vocab_size=VOCAB, hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=96, tie_word_embeddings=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(config).eval()
+    model.to(torch.bfloat16)
     path = tmp_path_factory.mktemp("hf") / "model"
     model.save_pretrained(path, max_shard_size="150KB")
     write_tokenizer(path)

@@ -30,12 +30,19 @@ root, kind = Path(sys.argv[1]), sys.argv[2]
 journal, records, fake = Journal(root), RecordStore(root, shipped=root / "none"), Slow()
 print("begun", flush=True)
 count = 8 if kind == "share" else 3
+
+
+def say(event: object) -> None:
+    """Say how many trials are durable."""
+    if kind == "slow":
+        print("trials", sum(p.trials for p in journal.progress()), flush=True)
+
+
 problems = [planted.make_problem(f"problem{i}") for i in range(count)]
 for _ in range(6 if kind == "share" else 1):  # rounds: what is busy now is finished in a later one
     outcomes = tune(
         problems, fake, records, journal, seconds=1e6, versions=planted.VERSIONS, clock=fake.clock,
-        progress=lambda e: kind == "slow"
-        and print("trials", sum(p.trials for p in journal.progress()), flush=True),
+        progress=say,
     )  # fmt: skip
     for outcome in outcomes:
         if outcome.state == "tuned":

@@ -71,6 +71,7 @@ def test_residual(isa: str, dim: int, dtype: str, monkeypatch: pytest.MonkeyPatc
         x, weight, _ = problem(spec, rows)
         residual = torch.randn(dim, rows).T.to(x.dtype)  # not contiguous
         assert_close(call(x, weight, None, residual), norm(spec, x, weight, None, residual), spec)
+    x, weight, _ = problem(spec, 2)
     with pytest.raises(EdgeFormerError, match="residual"):
         call(x, weight)
     with pytest.raises(UnsupportedError, match="no residual"):
