@@ -15,8 +15,6 @@ from edgeformer.model.dropin.cache import EdgeFormerCache
 
 from .conftest import CAUSAL, relative
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module", params=["llama-tied", "gemma3"])
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:

@@ -14,8 +14,6 @@ from edgeformer.runtime.torch_ops import record_calls
 
 from .conftest import CAUSAL, ENCODERS, VOCAB, relative
 
-pytestmark = pytest.mark.slow
-
 CLOSE = 2e-4  # exact weights, fp32: only the order of additions differs
 
 
@@ -37,7 +35,8 @@ def require_all_ran(model: Any, report: Any, calls: list[Any], rows: int, querie
         if "experts" in row.name:  # the router may send no token there
             continue
         assert found, f"{row.name} ({row.kind}) did not run our form"
-        if row.kind == "linear" and row.name != "lm_head" and "embed_out" not in row.name:
+        fixed = row.name != "lm_head" and "embed_out" not in row.name
+        if row.kind == "linear" and fixed and "kv_b_proj" not in row.name:  # that one expands all latents
             assert any(c[2] == rows for c in found), (row.name, found, rows)
 
 

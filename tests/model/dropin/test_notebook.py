@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import edgeformer
-
-pytestmark = pytest.mark.slow
 
 NOTEBOOK = Path(edgeformer.__file__).parent / "examples" / "optimize.ipynb"
 

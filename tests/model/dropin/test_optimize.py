@@ -19,8 +19,6 @@ from edgeformer.model.dropin.layers import GatedMLP, Linear, Norm
 
 from .conftest import CAUSAL, VOCAB, relative
 
-pytestmark = pytest.mark.slow
-
 
 class Plain(nn.Module):
     """No transformers model: a norm, two linear layers and a gated MLP."""
@@ -119,7 +117,7 @@ def odd_layers() -> dict[str, tuple[nn.Module, str]]:
         "hooks": (hooked, "it has hooks"),
         "meta": (meta, "meta device"),
         "sparse": (sparse, "sparse"),
-        "parametrised": (parametrised, "no operator covers Parametrized"),
+        "parametrised": (parametrised, "no operator covers Parametriz"),
         "subclass": (Mine(64, 96), "no operator covers Mine"),
         "unknown": (nn.Bilinear(3, 4, 5), "no operator covers Bilinear"),
         "empty": (nn.Linear(0, 5), "is empty"),

@@ -16,8 +16,6 @@ from edgeformer.runtime import torch_ops
 
 from .conftest import CAUSAL, relative
 
-pytestmark = pytest.mark.slow
-
 OPS = torch.ops.edgeformer
 N, K = 64, 64
 

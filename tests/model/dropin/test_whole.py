@@ -13,8 +13,6 @@ from edgeformer.compiler.errors import CapacityError, UnsupportedError
 
 from .conftest import CAUSAL, SIZES, VOCAB, _build, relative
 
-pytestmark = pytest.mark.slow
-
 WIDE = SIZES | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160, "num_key_value_heads": 1}
 
 
