@@ -6,7 +6,7 @@ import copy
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import corpus
@@ -55,7 +55,8 @@ def gguf(rng: random.Random) -> bytes:
     counts = None
 
     def dims() -> None:
-        row[1][rng.randrange(len(row[1]))] = number % 2**64
+        if row[1]:  # another change may have taken them all
+            row[1][rng.randrange(len(row[1]))] = number % 2**64
 
     def more_dims() -> None:
         row[1] = [number % 2**64] * rng.choice((0, 3, 4, 5, 200))
@@ -122,29 +123,30 @@ def json_value(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, at = rng.choice(places)
         how = rng.randrange(4)
         if how == 0 and isinstance(holder, dict):
             del holder[at]
         elif how == 1 and isinstance(holder, dict):
-            holder[rng.choice(("auto_map", "", "model_type", "x" * 300, at + "_"))] = rng.choice(VALUES)
+            name = rng.choice(("auto_map", "", "model_type", "x" * 300, at + "_"))
+            holder[name] = copy.deepcopy(rng.choice(VALUES))
         elif how == 2 and isinstance(holder[at], int):
             holder[at] = rng.choice(NUMBERS)
         else:
-            holder[at] = rng.choice(VALUES)
+            holder[at] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 
-def _places(value: Any) -> Any:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield value, name
-            yield from _places(item)
-    elif isinstance(value, list):
-        for i, item in enumerate(value[:50]):
-            yield value, i
-            yield from _places(item)
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Return every (holder, key or index) of JSON, in any depth and outermost first; 50 items of a list."""
+    rest = [value]
+    while rest:
+        holder = rest.pop()
+        items = holder.items() if isinstance(holder, dict) else ()
+        for at, item in enumerate(holder[:50]) if isinstance(holder, list) else items:
+            yield holder, at
+            rest.append(item)
 
 
 def deep(rng: random.Random) -> bytes:
