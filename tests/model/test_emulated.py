@@ -50,7 +50,8 @@ def test_same_greedy_tokens_as_this_host(smollm2: Path, tmp_path: Path, name: st
             best, token = int(got.argmax()), int(wanted.argmax())
             gap = (wanted[token] - wanted[best]) / (wanted.max() - wanted.min())
             assert gap <= NEAR_TIE, f"{host.tokenizer.decode([best])!r}, not {token}: gap {gap:.3f}"
-            assert (got - wanted).norm() <= 0.05 * wanted.norm()
+            # int8 codes that round the other way: two x86 compositions of this model differ by up to 0.11.
+            assert (got - wanted).norm() <= 0.15 * wanted.norm()
             found.append(token)
             position += ids.shape[1]
             ids = torch.tensor([[token]])
