@@ -104,5 +104,5 @@ def open_engine(name: str, path: Path, shape: Shape, options: Options) -> ChildE
     else:
         from .peers.registry import open_peer
 
-        engine = open_peer(name, path, shape, patience)
+        engine = open_peer(name, path, shape, patience, options.target)
     return engine

@@ -52,12 +52,14 @@ _AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16
 _AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"})
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _DOTPROD = frozenset({"asimd", "asimddp"})
+_I8MM = _DOTPROD | {"i8mm"}
 ISA_FEATURES = (
     ("amx", _AVX512_VNNI | _AMX),
     ("avx512_vnni", _AVX512_VNNI),
     ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"}) | _AVX2),
     ("avx_vnni", _AVX2 | {"avx_vnni"}),
     ("avx2", _AVX2),
+    ("i8mm", _I8MM),
     ("dotprod", _DOTPROD),
     ("neon", frozenset({"asimd"})),
     ("portable", frozenset()),
@@ -74,6 +76,12 @@ PROOFS = {
 
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) on x86-64 Linux.
 _ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
+
+# Arm Linux: bits of the auxiliary vector's entries AT_HWCAP (16) and AT_HWCAP2 (26).
+_HWCAPS = {
+    16: {"asimd": 1 << 1, "asimdhp": 1 << 10, "asimddp": 1 << 20, "sve": 1 << 22},
+    26: {"sve2": 1 << 1, "i8mm": 1 << 13, "bf16": 1 << 14},
+}
 
 
 @dataclass(frozen=True)
@@ -207,9 +215,15 @@ def detect() -> Target:
 
 
 def _cpu_features() -> frozenset[str]:
+    """Return the features of cpuinfo; of Arm also those that the kernel names, which qemu does right."""
     import archspec.cpu
 
-    return frozenset(archspec.cpu.detect.detected_info().features)
+    found = frozenset(archspec.cpu.detect.detected_info().features)
+    if sys.platform != "linux" or platform.machine() != "aarch64":
+        return found
+    ask = ctypes.CDLL(None).getauxval
+    ask.argtypes, ask.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return found | {name for entry, bits in _HWCAPS.items() for name, bit in bits.items() if ask(entry) & bit}
 
 
 @functools.cache

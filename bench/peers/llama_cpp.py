@@ -62,24 +62,39 @@ KIND = EngineKind(
 )  # fmt: skip
 
 
+def rebuild_for(features: Set[str]) -> str:
+    """Return the command that builds llama.cpp for these CPU features and no others (x86)."""
+    names = [n for n in ISA_FEATURES if not n.startswith(("AVX512_", "NEON", "DOT", "MAT", "SVE"))]
+    switches = {name: ISA_FEATURES[name] in features for name in names}
+    switches |= {"BMI2": "bmi2" in features, "AVX_VNNI": "avx_vnni" in features}
+    flags = " ".join(f"-DGGML_{name}={'ON' if on else 'OFF'}" for name, on in switches.items())
+    return REBUILD.replace("-DGGML_NATIVE=ON", f"-DGGML_NATIVE=OFF {flags}")
+
+
 class LlamaCppEngine(ChildEngine):
     """A child process that holds the model in llama.cpp.
 
-    Raises UnsupportedError when the package is missing, or when it was built without this CPU's
-    instruction set; the text has the command that mends it.
+    Raises UnsupportedError when the package is missing, or when it was built without the instruction set
+    of `target` ("auto": this CPU); the text has the command that mends it.
     """
 
-    def __init__(self, path: Path, shape: Shape, patience: Patience | None = None, **options: Any) -> None:
+    def __init__(
+        self, path: Path, shape: Shape, patience: Patience | None = None, target: str = "auto", **options: Any
+    ) -> None:
+        self.target = target
         super().__init__(KIND, path, shape, patience, **options)
 
     def accept(self) -> None:
-        from ...compiler.target import detect
+        from ...compiler.target import Target, detect
 
-        missing = missing_isa(self.about["system_info"], detect().features)
+        target = Target.parse(self.target)
+        missing = missing_isa(self.about["system_info"], target.features)
         if missing:
+            here = target is detect()
             raise UnsupportedError(
-                f"this build of llama.cpp does not use {', '.join(missing)} of this CPU, so a comparison "
-                f"would flatter us. Build it here: {REBUILD}"
+                f"this build of llama.cpp does not use {', '.join(missing)} of "
+                f"{'this CPU' if here else target.name}, so a comparison would flatter us. "
+                f"Build it here: {REBUILD if here else rebuild_for(target.features)}"
             )
 
     def last_words(self, code: int | None) -> str:

@@ -25,9 +25,15 @@ def check_peers(names: Sequence[str]) -> None:
             raise UnsupportedError(f"unknown peer {name!r}; peers: {', '.join(PEERS)}")
 
 
-def open_peer(name: str, path: Path, shape: Shape, patience: Patience | None = None) -> ChildEngine:
-    """Load a model in a peer. Raises UnsupportedError (not installed, unfit build) or EngineError."""
+def open_peer(
+    name: str, path: Path, shape: Shape, patience: Patience | None = None, target: str = "auto"
+) -> ChildEngine:
+    """Load a model in a peer. Raises UnsupportedError (not installed, unfit build) or EngineError.
+
+    `target` is what EdgeFormer compiles for: a peer that is built for one instruction set has to use it.
+    """
     check_peers([name])
     module, engine = PEERS[name]
     found = importlib.import_module(f"..peers.{module}", __package__)
-    return getattr(found, engine)(path, shape, patience)
+    options = {"target": target} if name == "llama.cpp" else {}
+    return getattr(found, engine)(path, shape, patience, **options)

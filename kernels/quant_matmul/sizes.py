@@ -54,6 +54,11 @@ def uses_pairs(spec: QuantMatmulSpec, isa: str) -> bool:
     return is_integer(spec) and spec.weight.bits == 8 and TABLE[isa].pairs
 
 
+def uses_squares(spec: QuantMatmulSpec, isa: str) -> bool:
+    """Whether the panel of large M is [K/8][32][8], and its activations pairs of rows by 8 values."""
+    return is_integer(spec) and TABLE[isa].squares
+
+
 def padded_k(spec: QuantMatmulSpec) -> int:
     """Return K of the scratch rows: whole groups (of float weights, whole tiles or vectors)."""
     if spec.weight.is_float:

@@ -17,6 +17,7 @@ from .spec import QuantMatmulSpec
 from .tvm_cpu_context import Context, finish_vector, new_kernel, row_tiles, shared_range, stream_of, units
 from .tvm_cpu_matrix import ROWS, matrix_share, round_row
 from .tvm_cpu_rows import clear_row, quantize_row, widen_row
+from .tvm_cpu_squares import fill_square_panel, square_tile
 from .tvm_cpu_stream import Prefetch, Stream
 from .tvm_cpu_tiles import (
     Activations,
@@ -50,13 +51,13 @@ def many_rows(spec: QuantMatmulSpec, configuration: Mapping[str, Any]) -> int:
     return ROWS if spec.activation == "bfloat16" else int(configuration["large_rows"])
 
 
-def _activations(c: Context, row0: Any, wide: bool) -> Activations:
-    out = c.row_outputs(wide)
-    codes = tir.buffer_at(c.kernel["codes"], "int32")
+def _activations(c: Context, row0: Any, many: bool) -> Activations:
+    out = c.row_outputs(many)
+    codes, wide = tir.buffer_at(c.kernel["codes"], "int32"), many and c.pairs
     return Activations(None if wide else codes, codes if wide else None, out["sa"], out["sc"], row0)
 
 
-def prepare_row(c: Context, row: Any, wide: bool = False, x_at: Any = None) -> None:
+def prepare_row(c: Context, row: Any, many: bool = False, x_at: Any = None) -> None:
     """Emit the first phase for one row: quantise it, or copy it to fp32; rows past M become zeros.
 
     The row is read at element `x_at` of x, if that is not row * K.
@@ -71,9 +72,9 @@ def prepare_row(c: Context, row: Any, wide: bool = False, x_at: Any = None) -> N
             tir.store(tir.buffer_at(k["codes"], "float32"), row * c.k_padded + v * 16, tir.f32(0.0, 16))
         return
     with tir.when(row < k["m"]):
-        quantize_row(c.isa, spec, k["x"], x_at, c.row_outputs(wide), row)
+        quantize_row(c.isa, spec, k["x"], x_at, c.row_outputs(many), row)
     with tir.when(row >= k["m"]):
-        clear_row(c.isa, spec, c.row_outputs(wide), row)
+        clear_row(c.isa, spec, c.row_outputs(many), row)
 
 
 def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int, prefetch: Prefetch) -> Any:
@@ -93,7 +94,7 @@ def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1)
 
     def compute(stream: Stream, tile: Tile, first: int, row0: Any) -> None:
         if c.integer:
-            act = _activations(c, row0, wide=False)
+            act = _activations(c, row0, many=False)
             ahead = prefetch if first == 0 else Prefetch()
             int_tile(stream, act, tile, first, c.kernel["one"], prefetch=ahead)
         else:
@@ -125,7 +126,7 @@ def prepare_many(c: Context, row: Any, x_at: Any = None) -> None:
     if c.matrix:
         round_row(c, row, x_at)
     else:
-        prepare_row(c, row, wide=c.pairs, x_at=x_at)
+        prepare_row(c, row, many=True, x_at=x_at)
 
 
 def many_share(c: Context, thread: Any) -> None:
@@ -143,15 +144,20 @@ def many_share(c: Context, thread: Any) -> None:
             kind = "s16" if c.pairs else ("u8" if c.integer else "f32")
             panel = tir.buffer_at(at, {"s16": "int16", "u8": "uint8", "f32": "float32"}[kind])
             stream = stream_of(c, unit * parts + part)
-            if c.integer:
+            if c.squares:
+                fill_square_panel(stream, panel)
+            elif c.integer:
                 fill_panel(stream, {kind: panel})
             else:
                 fill_float_panel(stream, panel)
             panels.append({kind: panel})
 
         def compute(stream: Stream, tile: Tile, first: int, row0: Any, part: int = 0) -> None:
-            if c.integer:
-                act = _activations(c, row0, wide=c.pairs)
+            if c.squares:
+                act = _activations(c, row0, many=True)
+                square_tile(stream, act, tile, first, c.kernel["one"], panels[part]["u8"])
+            elif c.integer:
+                act = _activations(c, row0, many=True)
                 int_tile(stream, act, tile, first, c.kernel["one"], panel=panels[part])
             else:
                 xf = tir.buffer_at(kernel["codes"], "float32")

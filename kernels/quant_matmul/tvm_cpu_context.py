@@ -11,7 +11,7 @@ from ..shared.isa.table import Isa
 from ..shared.math import gelu, silu, tanh
 from ..shared.tir import T
 from .packing import BLOCK, Geometry
-from .sizes import is_integer, padded_k, uses_matrix, uses_pairs
+from .sizes import is_integer, padded_k, uses_matrix, uses_pairs, uses_squares
 from .spec import QuantMatmulSpec
 from .tvm_cpu_rows import correction_kind
 from .tvm_cpu_stream import Stream
@@ -74,16 +74,22 @@ class Context:
         return uses_pairs(self.spec, self.isa.name)
 
     @property
+    def squares(self) -> bool:
+        """Whether many rows are multiplied two by two."""
+        return uses_squares(self.spec, self.isa.name)
+
+    @property
     def k_padded(self) -> int:
         """K of the scratch rows."""
         return padded_k(self.spec)
 
-    def row_outputs(self, wide: bool) -> dict[str, Any]:
-        """Where the quantiser writes."""
-        k = self.kernel
+    def row_outputs(self, many: bool) -> dict[str, Any]:
+        """Where the quantiser writes; of `many` rows in the layout that their product reads."""
+        k, wide = self.kernel, many and self.pairs
         q = tir.buffer_at(k["codes"], "int16" if wide else "int8")
         sc = tir.buffer_at(k["sums"], "int32" if correction_kind(self.isa, self.spec) == "int" else "float32")
-        return {"q16" if wide else "q": q, "sa": k["scales"], "sc": sc, "rows": self.rows}
+        name = "q16" if wide else ("q2x8" if many and self.squares else "q")
+        return {name: q, "sa": k["scales"], "sc": sc, "rows": self.rows}
 
 
 def new_kernel(name: str, spec: QuantMatmulSpec) -> Any:

@@ -37,10 +37,26 @@ def scale_entry(row: Any, group: Any, groups: int, rows: int) -> Any:
     return tile * (groups * rows) + group * rows + T.truncmod(row, T.int64(rows))
 
 
+_CODE_TYPES = {"q": "int8", "q16": "int16", "q2x8": "int8"}
+
+
+def codes_of(out: dict[str, Any]) -> dict[str, Any]:
+    """Return the buffers of codes among the quantiser's outputs, by layout."""
+    return {name: out[name] for name in _CODE_TYPES if out.get(name) is not None}
+
+
+def code_at(layout: str, row: Any, width: int, start: Any, offset: int) -> Any:
+    """Return where code `start + offset` of a row stands; `width` codes a row, `start` a multiple of 8."""
+    if layout != "q2x8":
+        return row * width + start + offset
+    pair, odd = T.truncdiv(row, T.int64(2)), T.truncmod(row, T.int64(2))
+    return pair * (2 * width) + (start + offset // 8 * 8) * 2 + odd * 8 + offset % 8
+
+
 def quantize_row(isa: Isa, spec: QuantMatmulSpec, x: Any, x_at: Any, out: dict[str, Any], row: Any) -> None:
     """Emit: quantise row `row` of x (from element `x_at`), as many groups together as a vector has lanes.
 
-    `out`: "q" int8 codes [M, Kpad], "q16" the same as int16 (either may be None), "sa" scales and
+    `out`: int8 codes "q" [M, Kpad] or "q2x8" [M / 2, Kpad / 8, 2, 8], or "q16" as int16; "sa" scales and
     "sc" the corrections (see `scale_entry`), "rows" the rows of a tile. NaN or Inf makes a NaN scale.
     """
     g = Geometry(spec.weight, spec.k)
@@ -99,11 +115,10 @@ class _Quantizer:
             for v in range(size // lanes):
                 code = tir.let(tir.round_to_int(tir.to_f32(x, at + v * lanes, lanes) * inverse))
                 total.set(total.get() + code if v else code)
-                where = self.row * (self.groups * size) + (first + i) * size + v * lanes
-                if self.out.get("q") is not None:
-                    tir.store(self.out["q"], where, tir.cast(code, "int8"))
-                if self.out.get("q16") is not None:
-                    tir.store(self.out["q16"], where, tir.cast(code, "int16"))
+                for name, buffer in codes_of(self.out).items():
+                    start = tir.let((first + i) * size)
+                    where = code_at(name, self.row, self.groups * size, start, v * lanes)
+                    tir.store(buffer, where, tir.cast(code, _CODE_TYPES[name]))
             totals.append(total.get())
         if self.sums is not None:
             total = tir.reduce_together(totals, lambda a, b: a + b)
@@ -163,9 +178,9 @@ def clear_row(isa: Isa, spec: QuantMatmulSpec, out: dict[str, Any], row: Any) ->
         if correction_kind(isa, spec):
             zero = T.int32(0) if correction_kind(isa, spec) == "int" else T.float32(0)
             tir.store(out["sc"], entry, zero)
-    for name in ("q", "q16"):
-        if out.get(name) is not None:
-            lanes = isa.lanes
-            zero = tir.splat(T.int8(0) if name == "q" else T.int16(0), lanes)
-            with tir.loop(g.groups * spec.weight.group_size // lanes) as v:
-                tir.store(out[name], row * (g.groups * spec.weight.group_size) + v * lanes, zero)
+    width = g.groups * spec.weight.group_size
+    for name, buffer in codes_of(out).items():
+        zero = tir.cast(tir.i32(0, isa.lanes), _CODE_TYPES[name])
+        with tir.loop(width // 16) as part:
+            for v in range(16 // isa.lanes):
+                tir.store(buffer, code_at(name, row, width, tir.let(part * 16), v * isa.lanes), zero)

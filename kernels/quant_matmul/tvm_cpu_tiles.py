@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from .packing import BLOCK
 from .tvm_cpu_rows import correction_kind
 from .tvm_cpu_stream import Prefetch, Stream, float_element, float_weights
 
-_PANEL_AHEAD = 2048  # bytes; a panel of more than L1 comes from L2
+PANEL_AHEAD = 2048  # bytes; a panel of more than L1 comes from L2
 _STRAIGHT = 4  # accumulators up to which a group's steps are emitted in a line
 
 
@@ -124,7 +124,7 @@ def int_tile(
                     [tir.let(tir.load(panel["u8"], at + v * lanes * 4, 4 * lanes)) for v in range(vectors)]
                 ]
                 for line in range(0, vectors * lanes * 4, 64):
-                    tir.prefetch(panel["u8"], at + line + _PANEL_AHEAD)
+                    tir.prefetch(panel["u8"], at + line + PANEL_AHEAD)
             for d, codes in enumerate(operands):
                 if narrow and d and d % burst == 0:
                     flush()
@@ -160,8 +160,9 @@ def int_tile(
                         one_step(tir.let(at + i), words, i)
                 return
             # The first steps in a line start the accumulators without an addition; the others in a loop
-            # whose count LLVM cannot know: it would unroll a known one and spill what it hoists.
-            peeled = 2 if count % 2 == 0 else 1
+            # whose count LLVM cannot know: it would unroll a known one and spill what it hoists. Of 16
+            # registers it spills when it unpacks two steps at once, too.
+            peeled = 2 if count % 2 == 0 and (panel is not None or isa.registers > 16) else 1
             for s in range(peeled):
                 one_step(tir.let(first + s))
             with tir.loop(one * ((count - peeled) // peeled)) as s:
@@ -191,30 +192,45 @@ def int_tile(
                 run(chunk, part * chunk)
                 flush()
 
-        scales = [tir.let(stream.scale(group, first_vector + v)) for v in range(vectors)]
-        zeros: list[Any] = []
-        if spec.weight.zero == "minimum":
-            zeros = [tir.let(stream.zero(group, first_vector + v)) for v in range(vectors)]
-        elif spec.weight.zero == "integer":
-            zeros = [
-                tir.let(stream.zero(group, first_vector + v) * scales[v] * tir.f32(-1.0, lanes))
-                for v in range(vectors)
-            ]
-        for r in range(rows):
-            entry = entries + r
-            sa = tir.let(tir.splat(tir.load(act.sa, entry), lanes))
-            for v in range(vectors):
-                if wide:
-                    total = wide[r][v].get()
-                else:
-                    total = acc[r][v].get()
-                    total = isa.widen(total) if narrow else total
-                if correction == "int" and narrow:
-                    total = total + tir.splat(tir.load(act.sc, entry), lanes)
-                value = tile.get(r, v) + tir.cast(total, "float32") * (scales[v] * sa)
-                if zeros:
-                    value = value + zeros[v] * tir.splat(tir.load(act.sc, entry), lanes)
-                tile.set(r, v, value)
+        def total(r: int, v: int) -> Any:
+            value = wide[r][v].get() if wide else acc[r][v].get()
+            value = isa.widen(value) if narrow and not wide else value
+            if correction == "int" and narrow:
+                value = value + tir.splat(tir.load(act.sc, entries + r), lanes)
+            return value
+
+        add_group(stream, act, tile, first_vector, (group, entries), total)
+
+
+def add_group(
+    stream: Stream,
+    act: Activations,
+    tile: Tile,
+    first_vector: int,
+    where: tuple[Any, Any],
+    total: Callable[[int, int], Any],
+) -> None:
+    """Emit: tile += the integer sums `total(row, vector)` of a group, scaled, and the part of its zeros.
+
+    `where` is the group, and the entry of its first row's scale.
+    """
+    (group, entries), lanes, zero = where, tile.isa.lanes, stream.spec.weight.zero
+    scales = [tir.let(stream.scale(group, first_vector + v)) for v in range(tile.vectors)]
+    zeros: list[Any] = []
+    if zero == "minimum":
+        zeros = [tir.let(stream.zero(group, first_vector + v)) for v in range(tile.vectors)]
+    elif zero == "integer":
+        zeros = [
+            tir.let(stream.zero(group, first_vector + v) * scales[v] * tir.f32(-1.0, lanes))
+            for v in range(tile.vectors)
+        ]
+    for r in range(tile.rows):
+        sa = tir.let(tir.splat(tir.load(act.sa, entries + r), lanes))
+        for v in range(tile.vectors):
+            value = tile.get(r, v) + tir.cast(total(r, v), "float32") * (scales[v] * sa)
+            if zeros:
+                value = value + zeros[v] * tir.splat(tir.load(act.sc, entries + r), lanes)
+            tile.set(r, v, value)
 
 
 def _dot(isa: Isa, acc: Any, code: Any, a: Any, signed: bool, pairs: bool) -> Any:

@@ -263,6 +263,27 @@ def test_a_build_without_this_cpus_instructions_is_seen(info: str, features: set
     assert missing_isa(info, features) == missing
 
 
+@pytest.mark.parametrize(
+    ("target", "info", "missing", "flag"),
+    [
+        ("x86-64-v3", "CPU : AVX = 1 | F16C = 1 | FMA = 1 |", "AVX2 of x86-64-v3", "-DGGML_AVX_VNNI=OFF"),
+        ("alderlake", "CPU : AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 |", "AVX_VNNI of", "-DGGML_AVX_VNNI=ON"),
+        ("x86-64-v3", "CPU : AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 |", "", ""),
+    ],
+)
+def test_a_build_is_compared_with_the_target_not_the_host(target: str, info: str, missing: str, flag: str):
+    engine = LlamaCppEngine.__new__(LlamaCppEngine)
+    engine.target, engine.about = target, {"system_info": info}
+    engine._child = None
+    if not missing:
+        engine.accept()
+        return
+    text = f"{missing}.*GGML_NATIVE=OFF.*-DGGML_AVX2=ON.*AVX512=OFF"
+    with pytest.raises(UnsupportedError, match=text) as told:
+        engine.accept()
+    assert flag in str(told.value)
+
+
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="pip install .*llama-cpp-python"):

@@ -143,6 +143,24 @@ def test_a_refusal_of_tiles_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+def test_arm_features_are_those_that_the_kernel_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not cpuinfo's, which an emulator may show of the machine below it."""
+    import ctypes
+
+    import archspec.cpu
+
+    class Ask:
+        def __call__(self, entry: int) -> int:
+            return {16: 1 << 1 | 1 << 20, 26: 1 << 13}[entry]
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(target_module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: SimpleNamespace(features=set()))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: SimpleNamespace(getauxval=Ask()))
+    assert target_module._cpu_features() == {"asimd", "asimddp", "i8mm"}
+    assert target_module._isa_for(target_module._cpu_features()) == "i8mm"
+
+
 def test_cores_respect_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 

@@ -38,7 +38,7 @@ from edgeformer.kernels.rope.spec import RopeSpec
 from .attention.conftest import check, make_problem
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
-TARGETS = ["raspberry-pi-4", "raspberry-pi-5"]
+TARGETS = ["raspberry-pi-4", "raspberry-pi-5", "graviton4"]  # neon, dotprod, i8mm (and SVE2)
 targets = pytest.mark.parametrize("name", TARGETS)
 PRODUCTS = {
     "int4": QuantMatmulSpec(100, 96, WeightFormat.int4()),

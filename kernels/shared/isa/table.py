@@ -21,7 +21,9 @@ class Isa:
     that many rows are multiplied as int16 pairs by dot2. `gemm_rows` is the number of rows of a register
     tile that is two vectors wide; `tiles` are the (small, large) numbers of rows of a product's tiles, the
     default first. With `words` > 1 a dot product takes an element of a vector of so many activation words.
-    `matrix_module` names the file of a bf16 matrix unit's tile operations (see amx.py).
+    With `squares`, `square(acc, w, a, unsigned)` multiplies 2 columns and 2 rows over 8 values of K (see
+    neon_i8mm.py), for the products of many rows. `matrix_module` names the file of a bf16 matrix unit's tile
+    operations (see amx.py).
     """
 
     name: str
@@ -35,6 +37,7 @@ class Isa:
     pairs: bool = False
     matrix_module: str = ""
     words: int = 1
+    squares: bool = False
 
     @property
     def emit(self) -> Any:
@@ -87,7 +90,7 @@ _ENTRIES = (
     Isa("avx512", 16, 32, 2, "signed", 12, _WIDE, "avx512", pairs=True),
     Isa("avx_vnni", 8, 16, 1, "unsigned", 6, _NARROW, "avx_vnni"),
     Isa("avx2", 8, 16, 2, "signed", 6, _NARROW, "avx2", pairs=True),
-    Isa("i8mm", 4, 32, 1, "signed", 8, _ARM, "neon_i8mm"),
+    Isa("i8mm", 4, 32, 1, "signed", 8, _ARM, "neon_i8mm", words=4, squares=True),
     Isa("dotprod", 4, 32, 1, "signed", 8, _ARM, "neon_dotprod", words=4),
     Isa("neon", 4, 32, 4, "signed", 8, _ARM, "neon"),
     Isa("portable", 4, 16, 1, "unsigned", 4, ((2, 4), (1, 2)), "portable"),

@@ -56,10 +56,7 @@ def dot_instruction(target: str, fmt: str, function: str) -> str:
 @pytest.mark.parametrize("function", ["gemv", "rows", "gemm"])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("target", ["znver5", "znver3"])
-def test_hot_loop(target: str, fmt: str, function: str, request: pytest.FixtureRequest) -> None:
-    if target == "znver3" and fmt != "int8" and function == "rows":
-        reason = "known flaw: AVX2's small-M block keeps vectors on the stack"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_hot_loop(target: str, fmt: str, function: str) -> None:
     mnemonic = dot_instruction(target, fmt, function)
     dots = lambda block: count(block, mnemonic)  # noqa: E731
     found, loops = blocks(assembly(Target.parse(target), FORMATS[fmt], function))
