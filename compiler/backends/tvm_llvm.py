@@ -227,7 +227,8 @@ def linker(target: Target) -> list[str] | None:
         if shutil.which(cross):
             return [cross]
     if _has_ziglang():
-        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.arch}-linux-gnu"]
+        # The C library of the wheels that run the result (manylinux_2_28).
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.arch}-linux-gnu.2.28"]
     return None
 
 

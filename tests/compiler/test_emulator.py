@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,24 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedLibrar
     library = EmulatedLibrary(folder / tvm_llvm.LIBRARY_NAME, emulator.cpu_for(target), threads=3)
     yield library
     library.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="pip install ziglang")
+def test_ziglang_links_for_a_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no other cross linker."""
+    from edgeformer.kernels.shared import tir
+
+    target = Target.parse("raspberry-pi-5")
+    k = tir.Kernel("twice", [("n", "int64"), ("x", "*float32")])
+    with tir.loop(k["n"]) as i:
+        tir.store(k["x"], i, tir.load(k["x"], i) * 2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tvm_llvm.shutil, "which", lambda name: None)
+        assert "ziglang" in (tvm_llvm.linker(target) or [])
+        tvm_llvm.build([k.finish()], target, tmp_path)
+    library, x = EmulatedLibrary(tmp_path / tvm_llvm.LIBRARY_NAME, emulator.cpu_for(target)), torch.ones(7)
+    library.function("twice")(7, x.data_ptr())
+    assert x.tolist() == [2] * 7
 
 
 def test_memory_is_shared_in_both_directions(library: EmulatedLibrary) -> None:

@@ -87,7 +87,7 @@ def test_without_a_system_compiler_it_is_ziglang_then_nothing(path_with, ziglang
     ziglang(True)
     command = tvm_llvm.linker(detect())
     assert command is not None and command[:4] == [sys.executable, "-m", "ziglang", "cc"]
-    assert f"{detect().arch}-linux-gnu" in command
+    assert f"{detect().arch}-linux-gnu.2.28" in command
     ziglang(False)
     assert tvm_llvm.linker(detect()) is None
 
@@ -98,7 +98,7 @@ def test_another_architecture_needs_a_cross_linker(path_with, ziglang) -> None:
     ziglang(False)
     assert tvm_llvm.linker(other) is None
     ziglang(True)
-    assert f"{other.arch}-linux-gnu" in (tvm_llvm.linker(other) or [])
+    assert f"{other.arch}-linux-gnu.2.28" in (tvm_llvm.linker(other) or [])
     path_with(f"{other.arch}-linux-gnu-gcc")
     assert tvm_llvm.linker(other) == [f"{other.arch}-linux-gnu-gcc"]
 
