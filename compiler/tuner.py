@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from .errors import EdgeFormerError
 from .journal import GOOD, NOISY, Journal, Trial
 from .lookup import Wanted
 from .measure import Measured, wins
@@ -17,7 +18,9 @@ from .space import Space
 TOP = 4  # candidates that are timed again, in turn with what ran before
 PASSES = 15  # of that last comparison
 PATIENCE = 32  # trials in a row without a better one that end a search
-_KEPT_SECONDS = 0.15  # part of a problem's time that is left for the last comparison
+_KEPT_SECONDS = 0.15  # part of a problem's time that is left for the last comparison, at least
+_OVERTIME = 0.25  # of its time, by which that comparison may run over; what is longer is called off
+_LEAST_OVERTIME = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,24 @@ class Problem:
         return self.wanted.empty({}).key
 
 
-class Evaluator(Protocol):
-    """Builds, checks and times configurations. Raises nothing for a bad one: its Trial says so."""
+class OutOfTime(EdgeFormerError):
+    """An evaluation was called off because the budget was spent; that says nothing of its configuration."""
 
-    def trial(self, problem: Problem, configuration: Mapping[str, Any]) -> Trial:
+
+class Evaluator(Protocol):
+    """Builds, checks and times configurations. Raises nothing for a bad one: its Trial says so.
+
+    What is not done within `seconds` is called off: OutOfTime.
+    """
+
+    def trial(self, problem: Problem, configuration: Mapping[str, Any], seconds: float) -> Trial:
         """Check a configuration against the reference, and time it in turn with the default."""
         ...
 
-    def compare(self, problem: Problem, configurations: Sequence[Mapping[str, Any]], passes: int) -> Measured:
-        """Time right configurations in turn."""
+    def compare(
+        self, problem: Problem, configurations: Sequence[Mapping[str, Any]], passes: int, seconds: float
+    ) -> Measured:
+        """Time right configurations in turn. Raises BuildError when one cannot be built again."""
         ...
 
 
@@ -72,8 +84,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a problem: "tuned", "kept" (a record was there), "busy" (another tuner has it), "failed",
-    "stopped" (the budget was spent before its search ended); trials made now; the record, if there is one.
+    """What came of a problem: "tuned", "kept" (a record was there, and nothing new was found), "busy"
+    (another tuner has it), "failed", "stopped" (the budget was spent before its search ended); trials made
+    now; the record, if there is one.
     """
 
     problem: Problem
@@ -100,7 +113,9 @@ def tune(
     """Tune each problem within its share of `seconds`, by weight; what one leaves goes to the next.
 
     A problem with a record of the user's own is left alone, unless `more` is asked for: then its search goes
-    on, and a new winner has to beat the record. A problem that another tuner works on is left to it.
+    on, and a new winner has to beat the record. With `most_trials` 0 nothing is tried: the best so far are
+    timed again, which settles what was searched while the machine was busy. A problem that another tuner
+    works on is left to it. What goes on when the budget is spent is called off soon after (_OVERTIME).
     Ctrl-C (KeyboardInterrupt) passes through; every trial that ended is in the journal.
     """
     end = clock() + seconds
@@ -163,9 +178,10 @@ class _Search:
         started, made, first = self.clock(), 0, len(trials)
         self.say("problem", first, _best(trials))
         ended = "stopped"
+        limit = end + max(_OVERTIME * (end - started), _LEAST_OVERTIME)
         while made < most_trials:
             now = self.clock()
-            if now >= end - _KEPT_SECONDS * (end - started):
+            if now >= end - self._kept(end - started, now - started, made):
                 break
             configuration = None if _patience_is_over(trials) else search.propose(trials)
             if configuration is None:
@@ -175,7 +191,10 @@ class _Search:
                 trials.append(Trial(configuration, "crash", note="tried before"))
                 continue
             try:
-                trial = self.evaluator.trial(problem, configuration)
+                trial = self.evaluator.trial(problem, configuration, limit - now)
+            except OutOfTime:
+                self.journal.abandon(key, configuration)
+                break
             except BaseException:
                 self.journal.abandon(key, configuration)
                 raise
@@ -185,10 +204,23 @@ class _Search:
             self.say("trial", len(trials), _best(trials), trial=trial)
         if not trials and ended == "stopped":
             return Outcome(problem, "stopped", made, self.old, "the time was over before its first trial")
-        return self._conclude(trials, made, ended)
+        if not made and self.old is not None and most_trials:  # nothing is new: the record stands
+            self.journal.settle(key, ended == "tuned")
+            return Outcome(problem, "kept", 0, self.old)
+        each = (self.clock() - started) / made if made else 0.0
+        return self._conclude(trials, made, ended, each, limit)
 
-    def _conclude(self, trials: list[Trial], made: int, ended: str) -> Outcome:
-        """Time the best in turn with the default (and the old record's), and store what won."""
+    def _kept(self, whole: float, spent: float, made: int) -> float:
+        """Return the seconds to leave: for the last comparison, and for the trial that would begin."""
+        each = spent / made if made else 0.0
+        return max(_KEPT_SECONDS * whole, 2 * each)
+
+    def _conclude(self, trials: list[Trial], made: int, ended: str, each: float, limit: float) -> Outcome:
+        """Time the best in turn with the default (and the old record's), and store what won.
+
+        What was tried in an earlier run has to be built again, at about `each` seconds: as many of the best
+        take part as the time allows, at least one.
+        """
         problem = self.problem
         default = problem.space.default
         old = problem.space.complete(self.old.configuration) if self.old else default
@@ -196,21 +228,37 @@ class _Search:
         right = [t for t in trials if t.status in (GOOD, NOISY) and t.ratio is not None]
         right.sort(key=lambda t: (t.status == NOISY, t.ratio))
         top = [t.configuration for t in right[:TOP] if t.configuration not in rivals]
+        fresh = [t.configuration for t in trials[len(trials) - made :]]
+        left = limit - self.clock() - each * sum(c not in fresh for c in rivals[1:])
+        chosen = []
+        for configuration in top:
+            left -= 0.0 if configuration in fresh else each
+            if not chosen or left > 0:
+                chosen.append(configuration)
+        entered = [*rivals, *chosen]
         try:
-            measured = self.evaluator.compare(problem, [*rivals, *top], PASSES)
-        except RuntimeError as error:
+            measured = self.evaluator.compare(problem, entered, PASSES, limit - self.clock())
+        except OutOfTime:
+            note = "the time was over before the best were compared; more of it goes on from here"
+            return Outcome(problem, "stopped", made, self.old, note)
+        except EdgeFormerError as error:
             return Outcome(problem, "failed", made, self.old, str(error))
-        times, incumbent = measured.times, len(rivals) - 1
+        return self._record(entered, len(rivals) - 1, measured, trials, made, ended)
+
+    def _record(
+        self, entered: list[dict[str, Any]], incumbent: int, measured: Measured, trials: list[Trial],
+        made: int, ended: str,
+    ) -> Outcome:  # fmt: skip
+        """Store the winner: what is faster than the incumbent by more than the spread, else the incumbent."""
+        problem, times = self.problem, measured.times
         best = min(range(len(times)), key=lambda i: measured.samples[i].seconds)
         if best != incumbent and not wins(times[incumbent], times[best]):
             best = incumbent
-        if best == 1 == incumbent and not wins(
-            times[0], times[1]
-        ):  # the old record no longer beats the default
+        if best == 1 == incumbent and not wins(times[0], times[1]):  # it no longer beats the default
             best = 0
         sample = measured.samples[best]
         record = replace(
-            problem.wanted.empty(problem.space.essential([*rivals, *top][best])),
+            problem.wanted.empty(problem.space.essential(entered[best])),
             seconds=sample.seconds,
             spread=sample.spread,
             default_seconds=measured.samples[0].seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,30 @@ def matrix_peak(threads: int | None = None, repeats: int = 5) -> float | None:
     function = _library().function("matrix")
     call = lambda: function(count, _ROUNDS // 20, data.data_ptr(), out.data_ptr())  # noqa: E731
     return count * matrix_operations(_ROUNDS // 20) / _best(call, repeats)
+
+
+def rounds(threads: int, count: int = _ROUNDS // 20) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Return (call, its operations) by arithmetic: short loops on operands in L1, to be timed by the caller.
+
+    "int8" and "float" are the target's vectors, "bfloat16" a matrix unit's tiles, where there is one.
+    """
+    isa = current_target().isa
+    data, out = torch.ones(1 << 14, dtype=torch.float32), torch.zeros(threads * 16)
+    found = {}
+    for kind, name, operations in (
+        ("int8", "dot", dot_operations), ("float", "multiply_add", multiply_add_operations)
+    ):  # fmt: skip
+        function = _library().function(name)
+        call = lambda f=function: f(threads, count, data.data_ptr(), out.data_ptr())  # noqa: E731
+        found[kind] = (call, threads * operations(isa, count))
+    if isa in MATRIX:
+        tiles = aligned_empty(MATRIX_STEPS * 4096 + threads * TILE_STATE_BYTES)
+        numbers = torch.randn(MATRIX_STEPS * 2048, generator=torch.Generator().manual_seed(0))
+        tiles[: MATRIX_STEPS * 4096] = numbers.bfloat16().view(torch.uint8)
+        results, matrix = aligned_empty(threads * 4096), _library().function("matrix")
+        call = lambda: matrix(threads, count, tiles.data_ptr(), results.data_ptr())  # noqa: E731
+        found["bfloat16"] = (call, threads * matrix_operations(count))
+    return found
 
 
 def _tile_peak(name: str, threads: int | None, repeats: int) -> float:

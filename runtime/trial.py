@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..compiler.artifacts import cache_root
 from ..compiler.backends import tvm_llvm
 from ..compiler.errors import BuildError
 from ..compiler.journal import GOOD, NOISY, Trial, locked
-from ..compiler.measure import Measured, measure
+from ..compiler.measure import Measured, Sample, measure
 from ..compiler.operator import Operator
 from ..compiler.target import Target
 from . import threads
@@ -34,7 +36,8 @@ _MORE_SPILLS = 24  # than the default's: such a kernel was never faster
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to do: "trial" (one configuration), "compare" (several, `passes` times), "check" or "static".
+    """What to do: "trial" (one configuration), "compare" (several, `passes` times), "check", "static", or
+    "limits" (as "compare", with this machine's limits in turn).
 
     `provider` is "module:function", which returns the operators by name. `small` leaves out what would make
     inputs larger than the caches.
@@ -64,6 +67,8 @@ def answer(request: Request) -> Any:
         return bench.trial(request.configurations[0])
     if request.do == "compare":
         return bench.compare(request.configurations, request.passes)
+    if request.do == "limits":
+        return bench.limits(request.configurations, request.passes)
     if request.do == "check":
         return bench.check(request.configurations[0])
     assert request.do == "static", request.do
@@ -79,6 +84,21 @@ def _bench(request: Request) -> Bench:
         _held.clear()
         _held.update(problem=request.problem, bench=Bench(request))
     return _held["bench"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limited:
+    """Samples of configurations, and what the machine did in the same passes: bytes a second ("read") and
+    operations a second by arithmetic. `moved` is how far the read bandwidth went in all.
+    """
+
+    samples: tuple[Sample, ...]
+    limits: dict[str, float]
+    moved: float
+    nbytes: int
+    operations: int
+    arithmetic: str
+    copies: int
 
 
 class Bench:
@@ -119,6 +139,37 @@ class Bench:
     def compare(self, configurations: tuple[Mapping[str, Any], ...], passes: int) -> Measured:
         """Time configurations in turn."""
         return self._measure([self._build(dict(c))[0] for c in configurations], passes)
+
+    def limits(self, configurations: tuple[Mapping[str, Any], ...], passes: int) -> Limited:
+        """Time configurations, reading of their inputs, and the target's arithmetic, all in turn."""
+        from . import dispatch, probes
+
+        calls = [self._build(dict(c))[0] for c in configurations]
+        work, piece = self._work(), min(self._work().area[1], _PROBE_BYTES)
+        runs: list[Callable[[int], Any]] = [lambda i, call=call: work.run(call, i) for call in calls]
+        before = dispatch._target
+        dispatch.use_target(self.target)  # whose instructions the peaks are of
+        try:
+            peaks = probes.rounds(torch.get_num_threads())
+            runs += [lambda i, run=run: run() for run, _ in peaks.values()]
+            with locked(cache_root() / "tuning" / "measuring.lock"):
+                found = measure([*runs, lambda i: self._read(piece)], passes, probe=self._probe)
+        finally:
+            dispatch.use_target(before)
+        count, samples = len(calls), found.samples
+        limits = {"read": piece / samples[-1].seconds}
+        for (name, (_, operations)), sample in zip(peaks.items(), samples[count:-1]):
+            limits[name] = operations / sample.seconds
+        about = (work.nbytes, work.operations, work.arithmetic, work.copies)
+        return Limited(samples[:count], limits, found.moved, *about)
+
+    def _read(self, piece: int) -> None:
+        """Read a piece of the inputs that was not read lately."""
+        from . import probes
+
+        address, nbytes = self._work().area
+        self._at = self._at + piece if self._at + 2 * piece <= nbytes else 0
+        probes.read_area(address + self._at, piece)
 
     def check(self, configuration: Mapping[str, Any]) -> str:
         """Return what is wrong with a configuration's results, or ""."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from ..compiler.operator import Form, Operator, Sizes
 from ..compiler.records import RecordStore
 from ..compiler.space import Space
 from ..compiler.target import Target
-from ..compiler.tuner import Event, Outcome, Problem, tune
-from .trial import Request
+from ..compiler.tuner import Event, Outcome, OutOfTime, Problem, tune
+from .trial import Limited, Request
 
 _PREPARE_SECONDS = 240.0  # of the first trial: inputs and references of a large problem are made
 _TRIAL_SECONDS = 90.0
@@ -64,11 +66,15 @@ def problem_of(
     threads: int,
     weight: float = 1.0,
     title: str = "",
+    fixed: bool = False,
 ) -> Problem | None:
-    """Return the tuning problem of the first form of `operator` that takes `spec`, or None without one."""
+    """Return the tuning problem of the first form of `operator` that takes `spec`, or None without one.
+
+    With `fixed` also one whose space has the default alone.
+    """
     form = next((f for f in operator.forms if f.decide(spec, target) is None), None)
     found = wanted(operator, form, spec, sizes, target, threads) if form else None
-    if form is None or found is None or len(found[1]) < 2:
+    if form is None or found is None or (len(found[1]) < 2 and not fixed):
         return None
     request = Request("trial", operator.name, form.name, spec, dict(sizes), target, threads)
     shown = " ".join(f"{name}={size}" for name, size in sizes.items())
@@ -84,21 +90,44 @@ class ChildEvaluator:
         prepare_seconds: float = _PREPARE_SECONDS,
         trial_seconds: float = _TRIAL_SECONDS,
     ) -> None:
-        self._child = Child("edgeformer.runtime.trial:answer", memory_bytes=memory_bytes)
+        # Its own loading and checking takes what records there are, and tunes nothing.
+        environment = {"EDGEFORMER_TUNE": "cached"}
+        self._child = Child(
+            "edgeformer.runtime.trial:answer", memory_bytes=memory_bytes, environment=environment
+        )
         self._prepared = ("", 0)
         self._prepare_seconds, self._trial_seconds = prepare_seconds, trial_seconds
 
-    def trial(self, problem: Problem, configuration: Mapping[str, Any]) -> Trial:
+    def trial(self, problem: Problem, configuration: Mapping[str, Any], seconds: float = math.inf) -> Trial:
         """Check and time a configuration; what goes wrong is its Trial's status."""
         try:
-            return self._ask(problem, "trial", (configuration,))
+            return self._ask(problem, "trial", (configuration,), seconds=seconds)
         except ChildError as error:
             return Trial(dict(configuration), error.kind, note=str(error))
 
-    def compare(self, problem: Problem, configurations: Sequence[Mapping[str, Any]], passes: int) -> Measured:
+    def compare(
+        self,
+        problem: Problem,
+        configurations: Sequence[Mapping[str, Any]],
+        passes: int,
+        seconds: float = math.inf,
+    ) -> Measured:
         """Time configurations in turn. Raises BuildError when the child fails."""
         try:
-            return self._ask(problem, "compare", tuple(configurations), passes, len(configurations))
+            return self._ask(problem, "compare", tuple(configurations), passes, seconds)
+        except ChildError as error:
+            raise BuildError(f"{problem.title}: {error}") from error
+
+    def limits(
+        self,
+        problem: Problem,
+        configurations: Sequence[Mapping[str, Any]],
+        passes: int,
+        seconds: float = math.inf,
+    ) -> Limited:
+        """Time configurations and this machine's limits in turn. Raises BuildError when the child fails."""
+        try:
+            return self._ask(problem, "limits", tuple(configurations), passes, seconds)
         except ChildError as error:
             raise BuildError(f"{problem.title}: {error}") from error
 
@@ -132,19 +161,21 @@ class ChildEvaluator:
         do: str,
         configurations: tuple[Mapping[str, Any], ...],
         passes: int = 0,
-        units: int = 1,
+        seconds: float = math.inf,
     ) -> Any:
-        import dataclasses
-
         request = dataclasses.replace(
             problem.request, do=do, configurations=configurations, **({"passes": passes} if passes else {})
         )
-        timeout = units * self._trial_seconds
+        timeout = len(configurations) * self._trial_seconds
         state = (request.problem, self._child.starts)
         if state != self._prepared:
             timeout += self._prepare_seconds
         try:
-            return self._child.ask(request, timeout)
+            return self._child.ask(request, max(0.0, min(timeout, seconds)))
+        except ChildError as error:
+            if error.kind == "hang" and seconds < timeout:
+                raise OutOfTime(f"{problem.title}: the time is over") from error
+            raise
         finally:
             self._prepared = (request.problem, self._child.starts)
 

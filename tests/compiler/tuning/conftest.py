@@ -58,7 +58,7 @@ class Fake:
     def clock(self) -> float:
         return self.now
 
-    def trial(self, problem: Problem, configuration: Mapping[str, Any]) -> Trial:
+    def trial(self, problem: Problem, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
         self.tried.append(dict(configuration))
         self.now += self.clock_step
         status = self.status(configuration)
@@ -67,7 +67,13 @@ class Fake:
         seconds = self.seconds(configuration)
         return Trial(dict(configuration), GOOD, seconds / self.seconds(problem.space.default), seconds, 0.0)
 
-    def compare(self, problem: Problem, configurations: Sequence[Mapping[str, Any]], passes: int) -> Measured:
+    def compare(
+        self,
+        problem: Problem,
+        configurations: Sequence[Mapping[str, Any]],
+        passes: int,
+        seconds: float = 1e9,
+    ) -> Measured:
         times = tuple(tuple([self.seconds(c)] * passes) for c in configurations)
         return Measured(tuple(Sample.of(t) for t in times), times, 0.0, 1)
 

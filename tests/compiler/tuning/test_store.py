@@ -201,7 +201,7 @@ def test_a_mutated_artifact_is_never_loaded(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(MUTATIONS // 4):
+        for _ in range(MUTATIONS if LONG else MUTATIONS // 4):
             name = generator.choice(sorted(files))
             (folder / name).write_bytes(mutated(files[name], generator))
             if store.get(key) is not None:  # a change of the manifest that says the same, or none at all

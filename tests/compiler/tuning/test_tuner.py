@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeformer.compiler.journal import GOOD, Trial
+from edgeformer.compiler.journal import GOOD, NOISY, Journal, Trial
 from edgeformer.compiler.measure import Measured, Sample, measure, wins
+from edgeformer.compiler.records import RecordStore
 from edgeformer.compiler.search import Evolution
 from edgeformer.compiler.space import Axis, Constraint, Space
+from edgeformer.compiler.tuner import OutOfTime, tune
 
-from .conftest import Fake, Folder, make_problem, make_space, time_of
+from .conftest import VERSIONS, Fake, Folder, make_problem, make_space, time_of
+
+LONG = os.environ.get("EDGEFORMER_TORTURE") == "1"
 
 BEST = {"rows": 8, "ahead": 4096, "place": 0}
 
@@ -110,7 +116,7 @@ def test_a_search_that_looked_better_by_noise_does_not_win(folder: Folder) -> No
     """In the trials one candidate had luck; timed in turn with the default it is not faster."""
 
     class Lucky(Fake):
-        def trial(self, problem: Any, configuration: Mapping[str, Any]) -> Trial:
+        def trial(self, problem: Any, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
             trial = super().trial(problem, configuration)
             return Trial(trial.configuration, GOOD, 0.2, 1e-6) if configuration["rows"] == 12 else trial
 
@@ -120,7 +126,7 @@ def test_a_search_that_looked_better_by_noise_does_not_win(folder: Folder) -> No
 
 def test_an_interrupted_search_goes_on_where_it_was(folder: Folder) -> None:
     class Stopped(Fake):
-        def trial(self, problem: Any, configuration: Mapping[str, Any]) -> Trial:
+        def trial(self, problem: Any, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
             if len(self.tried) == 7:
                 raise KeyboardInterrupt
             return super().trial(problem, configuration)
@@ -214,3 +220,89 @@ def test_a_winner_beats_the_old_one_by_more_than_the_spread() -> None:
 def test_a_sample_is_the_median_with_half_the_middle_range() -> None:
     assert Sample.of([5, 1, 2, 3, 4, 6, 7, 100]) == Sample(4.5, 1.5, 8)
     assert Measured((Sample(1, 0, 1),), ((1.0,),), 0.11, 1).steady is False
+
+
+def test_more_without_anything_new_keeps_the_record(folder: Folder) -> None:
+    fake = Fake()
+    (first,) = folder.tune([make_problem()], fake)
+    fake.compare = None  # pyright: ignore  nothing may be timed
+    (again,) = folder.tune([make_problem()], fake, more=True)
+    assert (again.state, again.trials, again.record) == ("kept", 0, first.record)
+
+
+def test_the_best_so_far_is_settled_without_a_trial(folder: Folder) -> None:
+    """What was searched while the machine was busy is timed again, and a record made of it."""
+    misled = Fake(seconds=lambda c: 1e-6 if c == make_space().default else 1.1e-6)
+    folder.tune([make_problem()], misled)
+    settled = Fake(seconds=lambda c: 1e-6 if c["rows"] == 12 else 1.1e-6)
+    (outcome,) = folder.tune([make_problem()], settled, more=True, most_trials=0)
+    assert settled.tried == [] and outcome.record is not None
+    assert outcome.record.seconds == 1e-6 or outcome.record.configuration == make_space().default
+
+
+class Slow(Fake):
+    """Builds take 40 s of its clock each, in an earlier run's configurations too; none may pass its limit."""
+
+    def trial(self, problem: Any, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
+        if seconds < 40:
+            self.now += seconds
+            raise OutOfTime("over")
+        self.clock_step = 40.0
+        return super().trial(problem, configuration, seconds)
+
+    def compare(self, problem: Any, configurations: Any, passes: int, seconds: float = 1e9) -> Measured:
+        missing = [c for c in configurations[1:] if c not in self.tried]
+        if 40 * len(missing) > seconds:
+            self.now += seconds
+            raise OutOfTime("over")
+        self.now += 40 * len(missing)
+        return super().compare(problem, configurations, passes, seconds)
+
+
+@pytest.mark.parametrize("seconds", [10.0, 45.0, 100.0, 300.0])
+def test_a_budget_holds_however_long_a_build_takes(folder: Folder, seconds: float) -> None:
+    """Also where a later run has to build again what it compares, which once took four times the budget."""
+    for _ in range(3):
+        slow = Slow()
+        outcomes = folder.tune([make_problem("a"), make_problem("b")], slow, seconds=seconds, more=True)
+        assert slow.now <= 1.25 * seconds + 10, (slow.now, outcomes)
+        assert all(o.state in ("tuned", "stopped", "kept") for o in outcomes)
+    held = sum(p.trials for p in folder.journal.progress())
+    assert held or seconds < 100
+
+
+def test_slow_then_fast_noise_makes_no_record() -> None:
+    """The machine's speed changes at a planted moment of the whole loop: equal kernels, the default stays."""
+    import tempfile
+
+    for moment in range(0, 4000, 40 if LONG else 1000):
+        for fast, slow in ((1.0, 2.0), (2.0, 1.0)):
+            machine = Machine(lambda now, at=moment / 1000, a=slow, b=fast: a if now < at else b)
+            evaluator = Timed(machine)
+            with tempfile.TemporaryDirectory() as name:
+                root = Path(name)
+                journal, records = Journal(root), RecordStore(root, shipped=root / "none")
+                (outcome,) = tune(
+                    [make_problem()], evaluator, records, journal, seconds=1e3, versions=VERSIONS,
+                    clock=machine.clock,
+                )  # fmt: skip
+                journal.close()
+            assert outcome.record is not None
+            assert outcome.record.configuration == make_space().default, (moment, fast, slow)
+
+
+class Timed:
+    """An evaluator of equal kernels on a machine whose speed changes: trials and comparisons are measured."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def trial(self, problem: Any, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
+        found = self.compare(problem, [problem.space.default, configuration], 7)
+        status = GOOD if found.steady else NOISY
+        ratio = found.samples[1].seconds / found.samples[0].seconds
+        return Trial(dict(configuration), status, ratio, found.samples[1].seconds)
+
+    def compare(self, problem: Any, configurations: Any, passes: int, seconds: float = 1e9) -> Measured:
+        calls = [self.machine.call(1e-3) for _ in configurations]
+        return measure(calls, passes, probe=self.machine.probe, clock=self.machine.clock)
