@@ -42,9 +42,14 @@ def register(app: typer.Typer) -> None:
 
 
 def tune_command(
-    model: ModelPath,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A GGUF file or a model's folder.", show_default=False),
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time for the search: 90s, 10m, 1h.")] = "10m",
-    operators: Annotated[str, typer.Option(help="decoder_step, quant_matmul; default: what runs.")] = "",
+    operators: Annotated[
+        str, typer.Option(help="decoder_step, quant_matmul, attention; default: what runs.")
+    ] = "",
     more: Annotated[bool, typer.Option("--more", help="Also go on where a record is there.")] = False,
     target: TargetName = "auto",
     threads: Threads = None,
@@ -58,14 +63,17 @@ def tune_command(
 
     Every candidate runs in a process of its own, is compared with the reference, and has to beat what ran
     before by more than the spread. Ctrl-C keeps every trial; the next run goes on from there.
+    Without a MODEL, --operators are tuned at the sizes of models of 135M, 1B and 7B parameters.
     """
     from .model.tuning import tune
 
     names = [name.strip() for name in operators.split(",") if name.strip()] or None
     bar = TuneProgress()
+    if model is None and not names:
+        raise UnsupportedError("tune needs a MODEL, or --operators")
     try:
         with bar:
-            found = tune(
+            found = tune_sizes(names or [], budget, target, threads, more, bar) if model is None else tune(
                 model, budget=budget, target=target, threads=threads, context=context, kv=kv.value,
                 quantize=value(quantize), activation=activation.value, operators=names, more=more,
                 progress=bar,
@@ -77,6 +85,28 @@ def tune_command(
         typer.echo(json.dumps(facts(found), indent=1))
     else:
         show(found)
+
+
+def tune_sizes(
+    names: list[str], budget: str, target: str, threads: int | None, more: bool, progress: TuneProgress
+) -> Tuned:
+    """Tune operators by themselves, at the sizes of known models."""
+    from .bench.tuned import problems
+    from .compiler.target import Target, available_cores
+    from .model.tuning import Tuned, budget_seconds
+    from .runtime.tuning import tune_problems
+
+    resolved = Target.parse(target)
+    resolved.require_runnable()
+    found = [p for _, p in problems(resolved, threads or available_cores()) if len(p.space) > 1]
+    known = sorted({p.wanted.operator for p in found})
+    if unknown := set(names) - set(known):
+        raise UnsupportedError(
+            f"unknown operators {', '.join(sorted(unknown))}; without a model: {', '.join(known)}"
+        )
+    chosen = [p for p in found if p.wanted.operator in names]
+    outcomes = tune_problems(chosen, seconds=budget_seconds(budget), more=more, progress=progress)
+    return Tuned(tuple(outcomes), {}, {})
 
 
 class TuneProgress:

@@ -74,13 +74,18 @@ def look_up(wanted: Wanted, records: Iterable[tuple[Record, str]]) -> list[Found
 
 def distance(record: Record, wanted: Wanted) -> float:
     """Return how many octaves a record's sizes and threads are from what is wanted; 0: the same bucket."""
-    total = 0.0
-    for name, size in wanted.sizes.items():
-        have = record.sizes[name]
-        if have != size:
-            total += abs(math.log2(max(have, 1) / max(size, 1))) or 0.01
+    total = octaves(record.sizes, wanted.sizes)
     if record.threads != wanted.threads:
         total += 0.5 + abs(math.log2(max(record.threads, 1) / max(wanted.threads, 1)))
+    return total
+
+
+def octaves(some: Mapping[str, int], others: Mapping[str, int]) -> float:
+    """Return how many octaves sizes of the same names are apart, summed."""
+    total = 0.0
+    for name, size in others.items():
+        if some[name] != size:
+            total += abs(math.log2(max(some[name], 1) / max(size, 1))) or 0.01
     return total
 
 

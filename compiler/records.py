@@ -287,7 +287,10 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def policy() -> str:
-    """Return EDGEFORMER_TUNE: "off" (defaults), "cached" (records; the default) or "on" (as cached)."""
+    """Return EDGEFORMER_TUNE: "off" (defaults), "cached" (records; the default) or "on".
+
+    With "on", what has no record is tuned when a model is loaded, compiled or optimized, never in a call.
+    """
     value = os.environ.get("EDGEFORMER_TUNE", "cached") or "cached"
     if value not in POLICIES:
         raise UnsupportedError(f"EDGEFORMER_TUNE={value!r} is unknown; use {', '.join(POLICIES)}")

@@ -15,6 +15,7 @@ import torch
 
 from ..compiler.backends import tvm_llvm
 from ..compiler.errors import BuildError
+from ..compiler.records import policy
 from ..compiler.target import Target, detect
 from ..kernels.quant_matmul import PackedWeight
 from ..runtime import dispatch, launch, ops
@@ -29,7 +30,7 @@ from .load.config_json import config_to_json
 from .load.folders import new_folder, require_replaceable
 from .load.saved_tokenizer import write_saved
 from .load.skeleton import RecordingCheckpoint
-from .loading import load_checkpoint, open_checkpoint, require_kv
+from .loading import load, load_checkpoint, open_checkpoint, require_kv
 from .plan import plan_memory, require_memory
 from .requantise import QuantisedCheckpoint
 from .run_folder import KERNEL_SOURCES, cpu_identity
@@ -65,6 +66,8 @@ def compile_model(
     resolved = Target.parse(target)
     if tvm_llvm.linker(resolved) is None:
         raise BuildError(tvm_llvm.no_linker(resolved))
+    if policy() == "on" and not resolved.missing_on(detect()):  # which tunes; the records travel
+        load(source, resolved, context, kv, quantize=quantize, activation=activation)
     checkpoint = QuantisedCheckpoint(open_checkpoint(source), quantize)
     recording = RecordingCheckpoint(checkpoint)
     here = not resolved.missing_on(detect())
@@ -134,7 +137,7 @@ def _write(
         shutil.copyfile(library.path, folder / name)
         kernels.append(
             {"operator": library.operator, "form": library.form, "spec": library.spec,
-             "configuration": library.configuration, "file": name}
+             "configuration": library.configuration, "file": name, "sizes": json.dumps(library.sizes)}
         )  # fmt: skip
     shutil.copyfile(launcher_file(target), folder / "kernels" / "launcher.so")
     (folder / "config.json").write_text(json.dumps(config_to_json(model.config), indent=1))

@@ -23,7 +23,7 @@ from .decoder import Block, Decoder
 from .layers import GATES
 
 _TOLERANCE = 0.01  # of what a layer adds: an int8 code may round the other way, a wrong kernel is far off
-_KV = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+KV_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 
 
 def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
@@ -45,7 +45,7 @@ def step_spec(decoder: Decoder, kv: str) -> DecoderStepSpec:
         rotary_dim=c.rotary_dim or c.head_dim,
         rope_interleaved=c.rope_interleaved,
         qkv_bias=c.attention_bias,
-        kv_dtype=_KV[kv],
+        kv_dtype=KV_NAMES[kv],
         mask="causal_lengths",
         gate=GATES[c.activation].removesuffix("_pair"),
         o_bias=c.o_bias,

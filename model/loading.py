@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from ..compiler.errors import FormatError, UnsupportedError
+from ..compiler.records import policy
 from ..compiler.target import Target
 from ..runtime import ops
 from ..runtime.dispatch import use_target
@@ -87,6 +89,8 @@ def load(
 ) -> LanguageModel:
     """Load a model for this host: a GGUF file, a Hugging Face folder, or one of `quantize` or `compile`.
 
+    With EDGEFORMER_TUNE=on, what has no tuning record is tuned first.
+
     Args:
         path: the file or folder.
         target: "auto" (this host) or a name of ``edgeformer targets``.
@@ -107,6 +111,34 @@ def load(
         TrustError: a compiled folder that somebody else can write, without ``trust``.
         CapacityError: the model does not fit the memory; the text has the numbers.
     """
+    options: dict[str, Any] = {
+        "target": target, "context": context, "kv": kv, "threads": threads, "quantize": quantize,
+        "activation": activation,
+    }  # fmt: skip
+    make = functools.partial(
+        load_as_it_is, path, **options, progress=progress, whole_step=whole_step, trust=trust
+    )
+    if policy() != "on" or isinstance(path, CompiledFolder) or is_compiled(path):
+        return make()
+    from .tuning import tune_loaded
+
+    chosen = {"target": Target.parse(target), "kv": kv or "bf16", "activation": activation or "auto"}
+    return tune_loaded(make, options | chosen | {"path": str(Path(path).resolve())})
+
+
+def load_as_it_is(
+    path: str | Path | CompiledFolder,
+    target: str | Target = "auto",
+    context: int | None = None,
+    kv: str | None = None,
+    threads: int | None = None,
+    quantize: str | None = None,
+    activation: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    whole_step: bool = True,
+    trust: bool = False,
+) -> LanguageModel:
+    """Load a model as ``load`` does, without tuning."""
     if isinstance(path, CompiledFolder) or is_compiled(path):
         from .run_folder import load_folder
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..compiler.errors import UnsupportedError
 from ..compiler.operator import Declined
+from ..compiler.records import policy as tuning_policy
 from ..compiler.target import Target
 from ..kernels.norm import OPERATOR as NORM
 from ..kernels.norm.spec import NormSpec
@@ -29,6 +30,7 @@ from .dropin.report import Report, Row
 from .layers import GATES
 
 POLICIES = ("faster", "all")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def optimize(
@@ -90,8 +92,19 @@ def optimize(
         if keep_original:
             job.report.undo()
         raise
+    if tuning_policy() == "on":
+        from .tuning import tune_replaced
+
+        if tune_replaced(model, resolved, _dtype(model)):
+            dispatch.forget()
     job.report.seconds = time.perf_counter() - started
     return job.report
+
+
+def _dtype(model: nn.Module) -> str:
+    """Return the type of the activations that a model's layers pass on: that of its first float parameter."""
+    found = next((p.dtype for p in model.parameters() if p.dtype in _FLOATS), torch.float32)
+    return str(found).removeprefix("torch.")
 
 
 def _decodes(model: nn.Module) -> bool:

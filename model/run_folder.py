@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,11 @@ def _use_kernels(folder: manifest.CompiledFolder, target: Target) -> None:
     if not launch.emulated():
         use_launcher(folder.file("kernels/launcher.so"))
     launch.use_travelled(
-        {(k.operator, k.form, k.spec): (k.configuration, folder.file(k.file)) for k in folder.kernels}, target
+        [
+            launch.Used(k.operator, k.form, k.spec, k.configuration, folder.file(k.file), json.loads(k.sizes))
+            for k in folder.kernels
+        ],
+        target,
     )
 
 

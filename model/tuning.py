@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ import torch
 
 from ..compiler.errors import UnsupportedError
 from ..compiler.operator import Operator, Sizes, reference_form
+from ..compiler.records import RecordStore, policy
 from ..compiler.target import Target
 from ..compiler.tuner import Event, Outcome, Problem
+from ..kernels.attention import OPERATOR as ATTENTION
+from ..kernels.attention import AttentionSpec
+from ..kernels.attention.space import fastest_math
 from ..kernels.decoder_step import DECODE, TVM_CPU, DecoderStepSpec
 from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
-from ..kernels.quant_matmul import QuantMatmulSpec
+from ..kernels.quant_matmul import QuantMatmulSpec, WeightFormat
 from ..kernels.quant_matmul.space import fastest_activation
 from ..kernels.shared.memory import large_page_empty
 from ..runtime import recorded, registry
@@ -25,16 +31,19 @@ from ..runtime.kv_cache import KVCache
 from ..runtime.program import TUNED_SIZES
 from ..runtime.threads import set_threads
 from ..runtime.tuning import problem_of, tune_problems
-from .compiled import CompiledDecoder, chunk_spec, self_check, step_spec
+from .compiled import KV_NAMES, CompiledDecoder, chunk_spec, self_check, step_spec
+from .dropin.layers import GatedMLP, Linear
 from .generate import LanguageModel
 from .layers import QuantLinear
-from .loading import load
+from .loading import load_as_it_is
 
 PROVIDER = "edgeformer.model.tuning:tunable"
 _STEP_LENGTHS, _CHUNK_LENGTHS = (1,) * 6, (17, 40, 9)  # of a check: tokens of each call
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _ROWS = {1: 0.2, 8: 0.05, 512: 0.1}  # M of the products that are tuned one by one, with their weight
 _DECODE_WEIGHT, _PREFILL_WEIGHT = 0.6, 0.3
+_ATTENTION = {(1, 512): 0.3, (1, 4096): 0.3, (512, 512): 0.15, (4096, 4096): 0.15}  # queries, keys: weight
+BUDGET = "2m"  # of a tuning that EDGEFORMER_TUNE=on starts; EDGEFORMER_TUNE_BUDGET overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ def tunable() -> dict[str, Operator]:
 
 @functools.lru_cache(maxsize=1)
 def _model(options: tuple[tuple[str, Any], ...]) -> LanguageModel:
-    return load(**dict(options), whole_step=False)
+    return load_as_it_is(**dict(options), whole_step=False)
 
 
 def _bind(step: ModelStep, configuration: Any, target: Target, library: Any) -> CompiledDecoder:
@@ -141,10 +150,11 @@ def problems(
 ) -> list[Problem]:
     """Return what there is to tune in a loaded model, the most important first.
 
-    Where the whole step is compiled, that is tuned as one; else the products of the layers one by one.
+    Where the whole step is compiled, that is tuned as one; else products and attention of the layers one by
+    one.
     """
     wanted = set(operators) if operators is not None else None
-    known = {"decoder_step", "quant_matmul"}
+    known = {"attention", "decoder_step", "quant_matmul"}
     if wanted is not None and (unknown := wanted - known):
         raise UnsupportedError(
             f"unknown operators {', '.join(sorted(unknown))}; a model has {', '.join(sorted(known))}"
@@ -152,8 +162,11 @@ def problems(
     found: list[Problem | None] = []
     if model.whole_step_declined == "" and (wanted is None or "decoder_step" in wanted):
         found += _step_problems(model, options)
-    if not found or (wanted is not None and "quant_matmul" in wanted):
+    one_by_one = {"attention", "quant_matmul"} if wanted is None and not found else wanted or set()
+    if "quant_matmul" in one_by_one:
         found += _product_problems(model)
+    if "attention" in one_by_one:
+        found += _attention_problems(model)
     return [problem for problem in found if problem is not None]
 
 
@@ -186,18 +199,44 @@ def _product_problems(model: LanguageModel) -> list[Problem | None]:
     return list(found.values())
 
 
+def _attention_problems(model: LanguageModel) -> list[Problem | None]:
+    """Return one problem for each kind of layer (window or not), phase and context that the model holds."""
+    found = []
+    for windowed in dict.fromkeys(bool(window) for window in model.config.windows):
+        for (tq, tk), weight in _ATTENTION.items():
+            if tk <= model.context:
+                spec = attention_spec(model, windowed, tq)
+                sizes = {"tq": tq, "tk": tk}
+                found.append(problem_of(ATTENTION, spec, sizes, model.target, model.threads, weight))
+    return found
+
+
+def attention_spec(model: LanguageModel, windowed: bool, queries: int) -> AttentionSpec:
+    """Return the problem that the model's layers bind for a number of queries."""
+    c, kv = model.config, KV_NAMES[model.kv]
+    head: Any = model.decoder.head
+    math = fastest_math(queries, kv, model.target) if head.activation == "auto" else "float32"
+    return AttentionSpec(
+        c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, "float32", kv, "causal", "blocked", windowed,
+        bool(c.attention_softcap), math=math,
+    )  # fmt: skip
+
+
 def layer_specs(layer: QuantLinear, target: Target) -> list[tuple[QuantMatmulSpec, int]]:
     """Return (problem, M) of a layer at the numbers of rows that are tuned."""
     found, w = [], layer.weight
     for m in _ROWS:
-        activation = layer.activation
-        if activation == "auto":
-            activation = fastest_activation(m, w.format, target)
-        elif w.format.is_float:
-            activation = "float"
+        activation = _activation(layer.activation, m, w.format, target)
         flags = (layer.bias is not None, layer.residual, layer.softcap)
         found.append((QuantMatmulSpec(w.n, w.k, w.format, activation, "float32", layer.epilogue, *flags), m))
     return found
+
+
+def _activation(given: str, rows: int, weight: WeightFormat, target: Target) -> str:
+    """Return the activation type that a layer's product of so many rows has."""
+    if given == "auto":
+        return fastest_activation(rows, weight, target)
+    return "float" if weight.is_float else given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +272,7 @@ def tune(
     Args:
         path: the model's file; the other options are those of ``load``.
         budget: seconds, or a text such as "90s", "10m", "1h".
-        operators: "decoder_step", "quant_matmul"; default: what runs the model.
+        operators: "decoder_step", "quant_matmul", "attention"; default: what runs the model.
         more: also go on with problems that have a record already.
         progress: called with an Event for every problem, trial and record.
 
@@ -251,15 +290,70 @@ def tune(
         "path": str(Path(path).resolve()), "target": resolved, "context": context, "kv": kv,
         "threads": threads, "quantize": quantize, "activation": activation,
     }  # fmt: skip
-    model = load(**options)
+    model = load_as_it_is(**options)
     found = problems(model, options | {"threads": model.threads}, operators)
     before = speeds(model)
     del model
     outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress)
     recorded.forget()
     changed = any(outcome.state == "tuned" for outcome in outcomes)
-    after = speeds(load(**options)) if changed else before
+    after = speeds(load_as_it_is(**options)) if changed else before
     return Tuned(tuple(outcomes), before, after)
+
+
+def on_demand() -> float:
+    """Return the seconds that EDGEFORMER_TUNE=on gives to tuning now, 0.0 with another policy."""
+    if policy() != "on":
+        return 0.0
+    return budget_seconds(os.environ.get("EDGEFORMER_TUNE_BUDGET") or BUDGET)
+
+
+def _missing(found: Sequence[Problem]) -> list[Problem]:
+    own = {record.key for record, origin in RecordStore().all() if origin == "yours"}
+    return [problem for problem in found if problem.key not in own]
+
+
+def _tune_missing(missing: Sequence[Problem]) -> int:
+    """Tune within the policy's budget; return how many problems have a record now."""
+    seconds = on_demand()
+    warnings.warn(
+        f"EDGEFORMER_TUNE=on: {len(missing)} problems have no record; tuning takes up to {seconds:.0f} s",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    outcomes = tune_problems(missing, seconds=seconds)
+    recorded.forget()
+    return sum(outcome.state == "tuned" for outcome in outcomes)
+
+
+def tune_loaded(make: Callable[[], LanguageModel], options: dict[str, Any]) -> LanguageModel:
+    """Return the model that `make` loads; what it lacks records of is tuned first (EDGEFORMER_TUNE=on)."""
+    model = make()
+    missing = _missing(problems(model, options | {"threads": model.threads}))
+    if not missing:
+        return model
+    del model  # the child process holds one of its own
+    _tune_missing(missing)
+    return make()
+
+
+def tune_replaced(model: torch.nn.Module, target: Target, dtype: str) -> int:
+    """Tune the products of a model whose layers were replaced; return how many problems were tuned."""
+    found: dict[tuple[QuantMatmulSpec, int], Problem | None] = {}
+    for layer in model.modules():
+        if not isinstance(layer, Linear | GatedMLP):
+            continue
+        w, bias = layer.weight, isinstance(layer, Linear) and layer.bias is not None
+        epilogue = layer.epilogue if isinstance(layer, GatedMLP) else "none"
+        for m, weight in _ROWS.items():
+            activation = _activation(layer.activation, m, w.format, target)
+            spec = QuantMatmulSpec(w.n, w.k, w.format, activation, dtype, epilogue, bias)
+            if (spec, m) not in found:
+                found[spec, m] = problem_of(
+                    QUANT_MATMUL, spec, {"m": m}, target, torch.get_num_threads(), weight
+                )
+    missing = _missing([problem for problem in found.values() if problem is not None])
+    return _tune_missing(missing) if missing else 0
 
 
 def speeds(model: LanguageModel, prompt: int = 512, new: int = 32, repeats: int = 3) -> dict[str, float]:

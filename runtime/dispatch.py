@@ -154,6 +154,8 @@ def _bind(
                 remaining, forms=tuple(f for f in remaining.forms if f is not chosen)
             )
             continue
+        if sizes and launch.is_recording():
+            recorded.bind_buckets(operator, chosen, spec, sizes, target)
         return call, dataclasses.replace(choice, declined=(*failed, *choice.declined))
 
 

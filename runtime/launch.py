@@ -7,9 +7,9 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..compiler import emulator
 from ..compiler.artifacts import ArtifactKey, ArtifactStore
 from ..compiler.backends import tvm_llvm
 from ..compiler.errors import BuildError, TargetError
-from ..compiler.operator import Form, Operator
+from ..compiler.lookup import octaves
+from ..compiler.operator import Form, Operator, Sizes
 from ..compiler.target import Target
 from . import threads
 
@@ -38,34 +39,68 @@ statistics = {"built": 0, "loaded": 0}
 
 @dataclass(frozen=True)
 class Used:
-    """A library that was asked for: what it was built for, and its file."""
+    """A library that was asked for: what it was built for, and its file.
+
+    `sizes` are the buckets of run-time sizes whose calls it serves; of several libraries of one problem, the
+    one that serves the nearest bucket runs.
+    """
 
     operator: str
     form: str
     spec: str
     configuration: str  # JSON
     path: Path
+    sizes: list[dict[str, int]] = field(default_factory=list)
 
 
-_travelled: dict[tuple[str, str, str, str], tuple[str, Path]] = {}
-_recorders: list[dict[tuple[str, str, str], Used]] = []
+_travelled: dict[tuple[str, str, str, str], list[Used]] = {}
+_recorders: list[dict[tuple[str, ...], Used]] = []
 
 
-def use_travelled(kernels: Mapping[tuple[str, str, str], tuple[str, Path]], target: Target) -> None:
-    """Take a compiled folder's libraries: (operator, form, spec) -> (configuration, file)."""
-    _travelled.update({(*key, target.key()): value for key, value in kernels.items()})
+def use_travelled(kernels: Iterable[Used], target: Target) -> None:
+    """Take a compiled folder's libraries, in place of those that were taken before for the same problems."""
+    found: dict[tuple[str, str, str, str], list[Used]] = {}
+    for kernel in kernels:
+        key = (kernel.operator, kernel.form, kernel.spec, target.key())
+        found.setdefault(key, []).append(kernel)
+    _travelled.update(found)
 
 
-def travelled_configuration(name: str, form: Form, spec: Any, target: Target) -> dict[str, Any] | None:
-    """Return the configuration that a compiled folder's library was built with; None without one."""
+def travelled_configuration(
+    name: str, form: Form, spec: Any, target: Target, sizes: Sizes | None = None
+) -> dict[str, Any] | None:
+    """Return the configuration that a compiled folder's library was built with; None without one.
+
+    Of several it is that of the nearest bucket of the same phase.
+    """
     found = _travelled.get((name, form.name, spec.key(), target.key()))
-    return None if found is None else json.loads(found[0])
+    if found is None:
+        return None
+    served = [(kernel, at) for kernel in found for at in kernel.sizes if sizes and at.keys() == sizes.keys()]
+    if sizes and form.tuning is not None:
+        phase = form.tuning.phase(spec, sizes)
+        served = [entry for entry in served if form.tuning.phase(spec, entry[1]) == phase] or served
+    chosen = min(served, key=lambda entry: octaves(entry[1], sizes or {}))[0] if served else found[0]
+    return json.loads(chosen.configuration)
+
+
+def is_recording() -> bool:
+    """Whether what is bound now is collected, to travel."""
+    return bool(_recorders)
+
+
+def serves(name: str, form: Form, spec: Any, configuration: Mapping[str, Any], sizes: Sizes) -> None:
+    """Note that the library of a configuration serves a bucket of sizes."""
+    key = (name, form.name, spec.key(), json.dumps(dict(configuration), sort_keys=True))
+    for used in _recorders:
+        if key in used and sizes not in used[key].sizes:
+            used[key].sizes.append(dict(sizes))
 
 
 @contextmanager
-def recording() -> Iterator[dict[tuple[str, str, str], Used]]:
+def recording() -> Iterator[dict[tuple[str, ...], Used]]:
     """Collect every library that is asked for inside of the block."""
-    used: dict[tuple[str, str, str], Used] = {}
+    used: dict[tuple[str, ...], Used] = {}
     _recorders.append(used)
     try:
         yield used
@@ -76,7 +111,8 @@ def recording() -> Iterator[dict[tuple[str, str, str], Used]]:
 def _record(name: str, form: Form, spec: Any, configuration: str, library: Any) -> None:
     for used in _recorders:
         if library.handle is not None:
-            used[name, form.name, spec.key()] = Used(name, form.name, spec.key(), configuration, library.path)
+            key = (name, form.name, spec.key(), configuration)
+            used.setdefault(key, Used(*key, library.path))
 
 
 def bind(
@@ -113,13 +149,14 @@ def build_only(name: str, form: Form, spec: Any, target: Target) -> Used:
 
 def _load_travelled(name: str, form: Form, spec: Any, configuration: str, target: Target) -> Any:
     found = _travelled.get((name, form.name, spec.key(), target.key()))
-    if found is None or found[0] != configuration:
+    file = next((kernel.path for kernel in found or () if kernel.configuration == configuration), None)
+    if file is None:
         return None
-    path = str(found[1])
+    path = str(file)
     if _emulated:
         path += f" emulated {threads.team_size()}"
     if path not in _libraries:
-        _libraries[path] = _open(found[1], target)
+        _libraries[path] = _open(file, target)
     return _libraries[path]
 
 

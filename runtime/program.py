@@ -53,10 +53,10 @@ def choose_configurations(
     )
     if chunk_spec is not None:
         return few, many
-    space = TVM_CPU.space(spec, target)
-    default = space[0]
+    default = TVM_CPU.space(spec, target)[0]
     joined = few[0] | {name: value for name, value in many[0].items() if value != default[name]}
-    return (joined, few[1]), (joined, many[1])
+    threads = ({"threads": found[0].get("threads", 0)} for found in (few, many))  # each phase has its own
+    return (joined | next(threads), few[1]), (joined | next(threads), many[1])
 
 
 class StepProgram:
@@ -212,8 +212,9 @@ class StepProgram:
         chunk = decode_chunk(tk, int(self.configuration["chunk"]))
         ks = kv.k_scale.stride()[:2] if kv.k_scale is not None else (0, 0)
         function = self._chunk if m > MAX_ROWS else (self._step_1 if m == 1 else self._step_n)
+        wanted = (self.chunk_configuration if m > MAX_ROWS else self.configuration).get("threads", 0)
         function(
-            threads, 1, batch, tq, position,
+            min(threads, int(wanted)) or threads, 1, batch, tq, position,
             count, self._table.data_ptr() + first * len(LAYER_SLOTS) * 8,
             0 if ids is None else ids.data_ptr(),
             0 if ids is None else self.embed.buffer.data_ptr(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 from ..compiler.lookup import Found, Wanted, look_up, stale
@@ -11,6 +12,8 @@ from ..compiler.records import Record, RecordStore, policy
 from ..compiler.space import Space
 from ..compiler.target import Target
 from . import launch
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192)
 
 
 @functools.cache
@@ -28,7 +31,7 @@ def configuration(
     operator: Operator, form: Form, spec: Any, sizes: Sizes | None, target: Target
 ) -> tuple[dict[str, Any], str]:
     """Return (configuration, where it comes from): "default", or which record's it is."""
-    travelled = launch.travelled_configuration(operator.name, form, spec, target)
+    travelled = launch.travelled_configuration(operator.name, form, spec, target, sizes)
     if travelled is not None:  # nothing else may be there to build with
         return travelled, "default"
     space = form.space(spec, target)
@@ -41,6 +44,22 @@ def configuration(
             part = space.of_phase(found.record.phase)
             return part.complete(found.record.configuration), describe(found)
     return space[0], "default"
+
+
+def bind_buckets(operator: Operator, form: Form, spec: Any, sizes: Sizes, target: Target) -> None:
+    """Build, to travel, the libraries of every bucket of sizes: a compiled folder holds them all.
+
+    `sizes` are those of one call: their names count. Without records there is the default alone.
+    """
+    if form.lower is None or form.tuning is None or not _known()[1]:
+        return
+    names = list(sizes)
+    for at in itertools.product(_BUCKETS, repeat=len(names)):
+        found = dict(zip(names, at))
+        if found.get("tq", 0) <= found.get("tk", 0):
+            chosen, _ = configuration(operator, form, spec, found, target)
+            launch.load_or_build(operator.name, form, spec, chosen, target)
+            launch.serves(operator.name, form, spec, chosen, found)
 
 
 def describe(found: Found) -> str:

@@ -61,6 +61,7 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         Axis("large_rows", large, prefill if spec.activation != "bfloat16" else ("none",)),
         Axis("block_q", kv["block_q"], prefill),
         Axis("block_k", kv["block_k"], prefill),
+        Axis("threads", _thread_counts(target.cores)),
     )
     constraints = (
         Constraint(
@@ -73,6 +74,11 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         ),
     )
     return Space(axes, constraints)
+
+
+def _thread_counts(cores: int) -> tuple[int, ...]:
+    """Return how many threads a phase may take; 0, the default, is all that are set. The code is the same."""
+    return (0, *dict.fromkeys(n for n in (cores - 1, cores // 2, cores // 4) if 0 < n < cores))
 
 
 def _phase(spec: DecoderStepSpec, sizes: Sizes) -> str:

@@ -33,6 +33,7 @@ class KernelFile:
     spec: str
     configuration: str  # JSON
     file: str
+    sizes: str = "[]"  # JSON: the buckets of run-time sizes that it serves, for problems with several
 
 
 @dataclass
@@ -154,9 +155,23 @@ def _kernels(path: Path, data: dict[str, Any]) -> tuple[KernelFile, ...]:
     for kernel in found:
         if not all(isinstance(value, str) for value in vars(kernel).values()):
             raise FormatError(f"{path / NAME} is damaged: its list of kernels")
+        if not _are_sizes(kernel.sizes):
+            raise FormatError(f"{path / NAME} is damaged: the sizes of {kernel.operator[:40]!r}")
         if kernel.file not in data["files"]:
             raise FormatError(f"{path / NAME} is damaged: it names no file {kernel.file[:80]!r}")
     return found
+
+
+def _are_sizes(text: str) -> bool:
+    """Whether a text is a JSON list of objects of names and small whole numbers."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and all(
+        isinstance(at, dict) and all(type(size) is int and 0 <= size < 1 << 40 for size in at.values())
+        for at in found
+    )
 
 
 def _check_files(folder: CompiledFolder, trust: bool) -> None:

@@ -46,6 +46,23 @@ def pair(make_gguf: Callable[..., Any]) -> tuple[Decoder, CompiledDecoder]:
     return load(make_gguf("Q4_1"))
 
 
+def test_a_phase_may_take_fewer_threads(pair: tuple[Decoder, CompiledDecoder]) -> None:
+    """Thread counts of steps and of chunks are parts of their configurations."""
+    decoder, compiled = pair
+    program = compiled.program
+    one = {**program.configuration, "threads": 1}
+    alone = CompiledDecoder(
+        decoder, compiled.target, "fp32", configuration=one, chunk_configuration=program.chunk_configuration
+    )
+    assert alone.program.configuration["threads"] == 1 and program.configuration["threads"] == 0
+    assert self_check(alone, decoder, "fp32") == ""
+    both = CompiledDecoder(
+        decoder, compiled.target, "fp32", configuration=one,
+        chunk_configuration={**program.chunk_configuration, "threads": 1},
+    )  # fmt: skip
+    assert self_check(both, decoder, "fp32") == ""
+
+
 # As llama.cpp mixes types: values and some layers' down in more bits, the table that the head shares too.
 MIXED = {"blk.0.attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q6_K", "token_embd.weight": "Q6_K"}
 

@@ -99,10 +99,12 @@ class _Change:
             if self._now():
                 return tirx.Evaluate(tirx.const(0, "int32"))
             if self._now():
-                return tirx.BufferStore(s.buffer, s.value + s.value, s.indices)
+                value: Any = s.value
+                return tirx.BufferStore(s.buffer, value + value, s.indices)
             return s
         if isinstance(s, tirx.For):
-            extent = s.extent - 1 if self._now() else s.extent
+            extent: Any = s.extent
+            extent = extent - 1 if self._now() else extent
             rest = (s.thread_binding, s.annotations)
             return tirx.For(s.loop_var, s.min, extent, s.kind, self.visit(s.body), *rest)
         if isinstance(s, tirx.IfThenElse):

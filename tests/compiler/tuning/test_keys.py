@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edgeformer.compiler.records import Record, RecordStore
 from edgeformer.compiler.space import Axis, Space
 from edgeformer.compiler.target import detect
 from edgeformer.kernels.quant_matmul import OPERATOR, TVM_CPU, QuantMatmulSpec, WeightFormat
-from edgeformer.runtime import launch, recorded, threads, tuning
+from edgeformer.runtime import dispatch, launch, recorded, threads, tuning
 from edgeformer.runtime.tuning import wanted
 
 pytestmark = pytest.mark.real
@@ -41,11 +42,12 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.source_digest.cache_clear()
 
 
-def put_record(**changes: Any) -> Record:
-    """Store a record of another configuration than the default."""
-    found = wanted(OPERATOR, TVM_CPU, SPEC, SIZES, detect(), torch.get_num_threads())
+def put_record(m: int = 1, **changes: Any) -> Record:
+    """Store a record of another configuration than the default: the last one."""
+    found = wanted(OPERATOR, TVM_CPU, SPEC, {"m": m}, detect(), torch.get_num_threads())
     assert found is not None
-    chosen = next(c for c in found[1] if c != found[1].default)
+    chosen = list(found[1])[-1]
+    assert chosen != found[1].default
     given = found[0].empty(found[1].essential(chosen))
     record = dataclasses.replace(given, **{"versions": dict(tuning.versions()), **changes})
     assert RecordStore().put(record)
@@ -154,3 +156,25 @@ def test_a_stale_record_whose_kernel_is_wrong_is_not_used(monkeypatch: pytest.Mo
     found = recorded.explain(OPERATOR, TVM_CPU, SPEC, SIZES, detect(), torch.get_num_threads(), check=False)
     assert [problem for _, problem in found] == ["its results are wrong on this device"]
     assert planted.broken()["quant_matmul"].name == "quant_matmul"
+
+
+def test_records_of_several_sizes_travel_with_a_compiled_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is bound for one number of rows brings the libraries of all of them, and each is chosen there."""
+    sizes = [{"m": m} for m in (1, 3, 8, 100, 600)]
+    put_record(1)
+    put_record(8)
+    expected = [recorded.configuration(OPERATOR, TVM_CPU, SPEC, at, detect())[0] for at in sizes]
+    assert len({json.dumps(c, sort_keys=True) for c in expected}) == 3  # two records and the default
+    monkeypatch.setattr(dispatch, "_bound", {})
+    with launch.recording() as used:
+        dispatch.bound(OPERATOR, SPEC, None, {"m": 4})
+    assert len(used) == 3
+    RecordStore().prune()
+    new_process(monkeypatch)
+    monkeypatch.setattr(launch, "_travelled", {})
+    launch.use_travelled(used.values(), detect())
+    found = [recorded.configuration(OPERATOR, TVM_CPU, SPEC, at, detect())[0] for at in sizes]
+    assert found == expected
+    monkeypatch.setattr(launch, "_library", None)  # nothing is built or looked up in the store
+    for configuration in found:
+        launch.bind(OPERATOR, TVM_CPU, SPEC, configuration, detect())
