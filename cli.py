@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_tune
+from . import cli_device, cli_tune
 from .cli_bench import bench_app
 from .cli_options import (
     Activation,
@@ -58,6 +58,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 app.add_typer(bench_app, name="bench")
 register(app)
 cli_tune.register(app)
+cli_device.register(app)
 
 
 def main() -> None:

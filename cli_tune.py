@@ -27,7 +27,8 @@ from .compiler.errors import EdgeFormerError, UnsupportedError
 from .console import print_facts, stderr
 
 if TYPE_CHECKING:
-    from .compiler.tuner import Event
+    from .compiler.target import Target
+    from .compiler.tuner import Event, Problem
     from .model.tuning import Tuned
 
 cache_app = typer.Typer(
@@ -57,6 +58,9 @@ def tune_command(
     kv: KvType = Kv.bf16,
     quantize: QuantizeTo = None,
     activation: ActivationType = Activation.auto,
+    rpc: Annotated[str, typer.Option(help="HOST:PORT[,...] of `device serve`: tune there.")] = "",
+    tracker: Annotated[str, typer.Option(help="HOST:PORT of a tracker: every free device.")] = "",
+    key: Annotated[str, typer.Option(help="Of the devices of --rpc or --tracker.")] = "",
     output: OutputText = Text.text,
 ) -> None:
     """Search for faster configurations of a model's kernels on this machine, and keep them.
@@ -65,19 +69,29 @@ def tune_command(
     before by more than the spread. Ctrl-C keeps every trial; the next run goes on from there.
     Without a MODEL, --operators are tuned at the sizes of models of 135M, 1B and 7B parameters.
     """
-    from .model.tuning import tune
-
     names = [name.strip() for name in operators.split(",") if name.strip()] or None
     bar = TuneProgress()
+    options: dict[str, Any] = {
+        "context": context, "kv": kv.value, "quantize": value(quantize), "activation": activation.value,
+    }  # fmt: skip
     if model is None and not names:
         raise UnsupportedError("tune needs a MODEL, or --operators")
     try:
         with bar:
-            found = tune_sizes(names or [], budget, target, threads, more, bar) if model is None else tune(
-                model, budget=budget, target=target, threads=threads, context=context, kv=kv.value,
-                quantize=value(quantize), activation=activation.value, operators=names, more=more,
-                progress=bar,
-            )  # fmt: skip
+            if rpc or tracker:
+                where = [text.strip() for text in rpc.split(",") if text.strip()]
+                found = tune_there(
+                    model, names, budget, target, threads, more, bar, (where, tracker, key), options
+                )
+            elif model is None:
+                found = tune_sizes(names or [], budget, target, threads, more, bar)
+            else:
+                from .model.tuning import tune
+
+                found = tune(
+                    model, budget=budget, target=target, threads=threads, operators=names, more=more,
+                    progress=bar, **options,
+                )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"stopped; {bar.trials} trials are kept, the same command goes on from there", err=True)
         raise typer.Exit(130) from None
@@ -91,21 +105,49 @@ def tune_sizes(
     names: list[str], budget: str, target: str, threads: int | None, more: bool, progress: TuneProgress
 ) -> Tuned:
     """Tune operators by themselves, at the sizes of known models."""
-    from .bench.tuned import problems
     from .compiler.target import Target, available_cores
     from .model.tuning import Tuned, budget_seconds
     from .runtime.tuning import tune_problems
 
     resolved = Target.parse(target)
     resolved.require_runnable()
-    found = [p for _, p in problems(resolved, threads or available_cores()) if len(p.space) > 1]
+    chosen = known_sizes(names, resolved, threads or available_cores())
+    outcomes = tune_problems(chosen, seconds=budget_seconds(budget), more=more, progress=progress)
+    return Tuned(tuple(outcomes), {}, {})
+
+
+def known_sizes(names: list[str], target: Target, threads: int) -> list[Problem]:
+    """Return the problems of operators at the sizes of known models. Raises UnsupportedError for a name."""
+    from .bench.tuned import problems
+
+    found = [p for _, p in problems(target, threads) if len(p.space) > 1]
     known = sorted({p.wanted.operator for p in found})
     if unknown := set(names) - set(known):
         raise UnsupportedError(
             f"unknown operators {', '.join(sorted(unknown))}; without a model: {', '.join(known)}"
         )
-    chosen = [p for p in found if p.wanted.operator in names]
-    outcomes = tune_problems(chosen, seconds=budget_seconds(budget), more=more, progress=progress)
+    return [p for p in found if p.wanted.operator in names]
+
+
+def tune_there(
+    model: Path | None, names: list[str] | None, budget: str, target: str, threads: int | None, more: bool,
+    progress: TuneProgress, where: tuple[list[str], str, str], options: dict[str, Any],
+) -> Tuned:  # fmt: skip
+    """Tune on other devices: kernels are built here, checked and timed there; records stay here."""
+    from .compiler.target import Target
+    from .model.tuning import Tuned, budget_seconds, planned_problems
+    from .runtime.remote import RemoteEvaluator, places
+    from .runtime.tuning import tune_problems
+
+    seconds = budget_seconds(budget)
+    with RemoteEvaluator(places(*where)) as devices:
+        resolved = devices.target() if target == "auto" else Target.parse(target)
+        count = threads or resolved.cores
+        if model is None:
+            found = known_sizes(names or [], resolved, count)
+        else:
+            found = planned_problems(model, resolved, count, names, **options)
+        outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress, evaluator=devices)
     return Tuned(tuple(outcomes), {}, {})
 
 

@@ -80,25 +80,29 @@ def _attention(target: Target, threads: int) -> Iterator[tuple[str, Problem]]:
 
 def search(target: Target, threads: int, only: str, seconds: float, wall: float, settle: bool) -> None:
     """Tune each problem for `seconds`, or time its best again; end after `wall` seconds."""
-    from ..runtime.tuning import tune_problems
+    from ..runtime.tuning import ChildEvaluator, tune_problems
 
     end = time.monotonic() + wall
     done = _settled(target)
-    for name, problem in problems(target, threads):
-        if only not in name or len(problem.space) < 2 or (settle and name in done):
-            continue
-        if time.monotonic() > end - 5:
-            print("the time is over; the same command goes on", flush=True)
-            return
-        most = 0 if settle else 1 << 30
-        (outcome,) = tune_problems([problem], seconds=seconds, more=settle, most_trials=most)
-        if settle and outcome.state == "tuned":
-            done.append(name)
-            _settled(target, done)
-        record, text = outcome.record, outcome.note
-        if record is not None and record.seconds:
-            text = f"{record.default_seconds / record.seconds:.2f}x {record.configuration} {outcome.note}"
-        print(f"{name}: {outcome.state}, {outcome.trials} trials, {text}", flush=True)
+    with ChildEvaluator() as evaluator:
+        for name, problem in problems(target, threads):
+            if only not in name or len(problem.space) < 2 or (settle and name in done):
+                continue
+            if time.monotonic() > end - 5:
+                print("the time is over; the same command goes on", flush=True)
+                return
+            (outcome,) = tune_problems(
+                [problem], seconds=seconds, more=settle, most_trials=0 if settle else 1 << 30,
+                evaluator=evaluator,
+            )  # fmt: skip
+            if settle and outcome.state == "tuned":
+                done.append(name)
+                _settled(target, done)
+            record, text = outcome.record, outcome.note
+            if record is not None and record.seconds:
+                gain = record.default_seconds / record.seconds
+                text = f"{gain:.2f}x {record.configuration} {outcome.note}"
+            print(f"{name}: {outcome.state}, {outcome.trials} trials, {text}", flush=True)
     if settle:
         _settled(target, [])
 

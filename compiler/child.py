@@ -108,7 +108,7 @@ def serve(descriptor: int, module: str, function: str, memory_bytes: int) -> Non
     """Answer requests until the parent is gone (the child's side)."""
     import importlib
 
-    _end_with_parent()
+    end_with_parent()
     connection = Connection(descriptor)
     answer: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
     limited = False
@@ -143,7 +143,7 @@ def _limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + more, hard))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the system to end this process when its parent ends, and to take it first when memory runs out."""
     if sys.platform != "linux":
         return

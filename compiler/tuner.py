@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -170,50 +171,75 @@ class _Search:
     clock: Callable[[], float]
     seed: int
     say: _Speaker
+    called_off: str = ""
 
     def run(self, end: float, most_trials: int) -> Outcome:
         problem, key = self.problem, self.problem.key
         search = Evolution(problem.space, self.seed)
         trials = self.journal.trials(key)
-        started, made, first = self.clock(), 0, len(trials)
+        started, made, first, settling = self.clock(), 0, len(trials), not most_trials
         self.say("problem", first, _best(trials))
         ended = "stopped"
         limit = end + max(_OVERTIME * (end - started), _LEAST_OVERTIME)
-        while made < most_trials:
-            now = self.clock()
-            if now >= end - self._kept(end - started, now - started, made):
-                break
-            configuration = None if _patience_is_over(trials) else search.propose(trials)
-            if configuration is None:
-                ended = "tuned"
-                break
-            if not self.journal.start(key, problem.title, configuration):
-                trials.append(Trial(configuration, "crash", note="tried before"))
-                continue
-            try:
-                trial = self.evaluator.trial(problem, configuration, limit - now)
-            except OutOfTime:
-                self.journal.abandon(key, configuration)
-                break
-            except BaseException:
-                self.journal.abandon(key, configuration)
-                raise
-            self.journal.finish(key, trial)
-            trials.append(trial)
-            made += 1
-            self.say("trial", len(trials), _best(trials), trial=trial)
+        each = 0.0  # seconds of the shortest trial but the first, which also makes inputs and references
+        width = getattr(self.evaluator, "width", 1)
+        pending: dict[Future[Trial], tuple[dict[str, Any], float]] = {}
+        with _Inline() if width == 1 else ThreadPoolExecutor(width) as pool:
+            while ended == "stopped" or pending:
+                while ended == "stopped" and len(pending) < width and made + len(pending) < most_trials:
+                    now = self.clock()
+                    if now >= end - max(_KEPT_SECONDS * (end - started), 2 * each):
+                        most_trials = 0
+                        break
+                    under_way = [Trial(c, "running") for c, _ in pending.values()]
+                    configuration = (
+                        None if _patience_is_over(trials) else search.propose([*trials, *under_way])
+                    )
+                    if configuration is None:
+                        ended = "tuned"
+                    elif not self.journal.start(key, problem.title, configuration):
+                        trials.append(Trial(configuration, "crash", note="tried before"))
+                    else:
+                        future = pool.submit(self.evaluator.trial, problem, configuration, limit - now)
+                        pending[future] = (configuration, now)
+                if not pending:
+                    break
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    configuration, begun = pending.pop(future)
+                    trial = self._ended(future, configuration, pending)
+                    if trial is None:
+                        most_trials = 0
+                        continue
+                    trials.append(trial)
+                    made += 1
+                    took = self.clock() - begun
+                    each = min(each or took, took) if made > width else 0.0
+                    self.say("trial", len(trials), _best(trials), trial=trial)
         if not trials and ended == "stopped":
-            return Outcome(problem, "stopped", made, self.old, "the time was over before its first trial")
-        if not made and self.old is not None and most_trials:  # nothing is new: the record stands
+            note = self.called_off or "the time was over before its first trial"
+            return Outcome(problem, "stopped", made, self.old, note)
+        if not made and self.old is not None and not settling:  # nothing is new: the record stands
             self.journal.settle(key, ended == "tuned")
             return Outcome(problem, "kept", 0, self.old)
-        each = (self.clock() - started) / made if made else 0.0
         return self._conclude(trials, made, ended, each, limit)
 
-    def _kept(self, whole: float, spent: float, made: int) -> float:
-        """Return the seconds to leave: for the last comparison, and for the trial that would begin."""
-        each = spent / made if made else 0.0
-        return max(_KEPT_SECONDS * whole, 2 * each)
+    def _ended(
+        self, future: Future[Trial], configuration: dict[str, Any], others: Mapping[Future[Trial], Any]
+    ) -> Trial | None:
+        """Return a trial, durable; None when it was called off. Ctrl-C calls off the others too."""
+        key = self.problem.key
+        try:
+            trial = future.result()
+        except OutOfTime as error:
+            self.journal.abandon(key, configuration)
+            self.called_off = str(error)
+            return None
+        except BaseException:
+            for other, _ in [(configuration, 0), *others.values()]:
+                self.journal.abandon(key, other)
+            raise
+        self.journal.finish(key, trial)
+        return trial
 
     def _conclude(self, trials: list[Trial], made: int, ended: str, each: float, limit: float) -> Outcome:
         """Time the best in turn with the default (and the old record's), and store what won.
@@ -269,6 +295,25 @@ class _Search:
         self.journal.settle(problem.key, ended == "tuned")
         self.say("record", len(trials), record.seconds / record.default_seconds, record=record)
         return Outcome(problem, "tuned", made, record, "" if ended == "tuned" else "the search can go on")
+
+
+class _Inline:
+    """An executor that runs what it is given at once, in this thread: Ctrl-C reaches it."""
+
+    def __enter__(self) -> _Inline:
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        return None
+
+    def submit(self, call: Callable[..., Trial], *arguments: Any) -> Future[Trial]:
+        """Return a future that is done."""
+        future: Future[Trial] = Future()
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            future.set_exception(error)
+        return future
 
 
 def _best(trials: Sequence[Trial]) -> float:

@@ -32,10 +32,13 @@ from ..runtime.program import TUNED_SIZES
 from ..runtime.threads import set_threads
 from ..runtime.tuning import problem_of, tune_problems
 from .compiled import KV_NAMES, CompiledDecoder, chunk_spec, self_check, step_spec
+from .decoder import Decoder
 from .dropin.layers import GatedMLP, Linear
 from .generate import LanguageModel
 from .layers import QuantLinear
-from .loading import load_as_it_is
+from .loading import load_as_it_is, open_checkpoint
+from .plan import plan_memory
+from .requantise import QuantisedCheckpoint
 
 PROVIDER = "edgeformer.model.tuning:tunable"
 _STEP_LENGTHS, _CHUNK_LENGTHS = (1,) * 6, (17, 40, 9)  # of a check: tokens of each call
@@ -220,6 +223,38 @@ def attention_spec(model: LanguageModel, windowed: bool, queries: int) -> Attent
         c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, "float32", kv, "causal", "blocked", windowed,
         bool(c.attention_softcap), math=math,
     )  # fmt: skip
+
+
+def planned_problems(
+    path: str | Path,
+    target: Target,
+    threads: int,
+    operators: Sequence[str] | None = None,
+    *,
+    context: int | None = None,
+    kv: str = "bf16",
+    quantize: str | None = None,
+    activation: str = "auto",
+) -> list[Problem]:
+    """Return the problems of a model's products and attention on a target that need not run here.
+
+    Its whole step is not among them: that takes the model on the device. Raises as ``load`` does.
+    """
+    known = ("attention", "quant_matmul")
+    if unknown := set(operators or ()) - set(known):
+        raise UnsupportedError(f"{', '.join(sorted(unknown))} cannot be tuned there; {', '.join(known)} can")
+    checkpoint = QuantisedCheckpoint(open_checkpoint(path), quantize)
+    plan = plan_memory(checkpoint, context=context, kv=kv)
+    decoder = Decoder.from_checkpoint(checkpoint, context=plan.context, target=target, activation=activation)
+    model = LanguageModel(
+        decoder.eval(), checkpoint.path, checkpoint.metadata, plan, target=target, threads=threads, kv=kv
+    )
+    found: list[Problem | None] = []
+    if operators is None or "quant_matmul" in operators:
+        found += _product_problems(model)
+    if operators is None or "attention" in operators:
+        found += _attention_problems(model)
+    return [problem for problem in found if problem is not None]
 
 
 def layer_specs(layer: QuantLinear, target: Target) -> list[tuple[QuantMatmulSpec, int]]:

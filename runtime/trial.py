@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -37,10 +36,11 @@ _MORE_SPILLS = 24  # than the default's: such a kernel was never faster
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to do: "trial" (one configuration), "compare" (several, `passes` times), "check", "static", or
-    "limits" (as "compare", with this machine's limits in turn).
+    "limits" (as "compare", with this machine's limits in turn), or "build" (return a library's bytes).
 
     `provider` is "module:function", which returns the operators by name. `small` leaves out what would make
-    inputs larger than the caches.
+    inputs larger than the caches. `libraries` are (configuration as JSON, bytes, spills) that were built
+    elsewhere.
     """
 
     do: str
@@ -52,6 +52,7 @@ class Request:
     threads: int
     configurations: tuple[Mapping[str, Any], ...] = ()
     passes: int = _PASSES
+    libraries: tuple[tuple[str, bytes, int], ...] = ()
     provider: str = "edgeformer.runtime.registry:tunable"
 
     @property
@@ -63,6 +64,9 @@ class Request:
 def answer(request: Request) -> Any:
     """Do what a request asks for. Called by the child for each."""
     bench = _bench(request)
+    bench.libraries.update({text: (data, spills) for text, data, spills in request.libraries})
+    if request.do == "build":
+        return bench.library(dict(request.configurations[0]))
     if request.do == "trial":
         return bench.trial(request.configurations[0])
     if request.do == "compare":
@@ -114,6 +118,7 @@ class Bench:
         self.phase = self.tuning.phase(self.spec, self.sizes)
         self.default = form.space(self.spec, self.target)[0]
         threads.set_threads(request.threads)
+        self.libraries: dict[str, tuple[bytes, int]] = {}  # built elsewhere, by configuration
         self._workload: Any = None
         self._calls: dict[str, Callable[..., Any]] = {}
         self._at = 0
@@ -228,6 +233,9 @@ class Bench:
         if key not in self._calls:
             if self.form.lower is None:
                 library, spills = None, 0
+            elif key in self.libraries:
+                data, spills = self.libraries.pop(key)
+                library = _load(data)
             else:
                 with locked(cache_root() / "tuning" / "measuring.lock", shared=True):
                     library, spills = self._compile(configuration)
@@ -235,19 +243,33 @@ class Bench:
             self._calls[key] = (bound, spills)  # pyright: ignore[reportArgumentType]
         return self._calls[key]  # pyright: ignore[reportReturnType]
 
+    def library(self, configuration: dict[str, Any]) -> tuple[bytes, int]:
+        """Return (bytes of the linked library, spills) for this target, which need not run here.
+
+        Of a form that builds nothing the bytes are empty.
+        """
+        if self.form.lower is None:
+            return b"", 0
+        executable = tvm_llvm.compile_module(self._functions(configuration), self.target)
+        with tempfile.TemporaryDirectory(prefix="edgeformer-trial-") as name:
+            tvm_llvm.link(executable, self.target, Path(name))
+            data = (Path(name) / tvm_llvm.LIBRARY_NAME).read_bytes()
+        return data, tvm_llvm.inspect_executable(executable).spills
+
     def _compile(self, configuration: dict[str, Any]) -> tuple[Any, int]:
         self.target.require_runnable()
-        functions = self._functions(configuration)
-        folder = Path(tempfile.mkdtemp(prefix="edgeformer-trial-"))
-        try:
-            executable = tvm_llvm.compile_module(functions, self.target)
-            spills = tvm_llvm.inspect_executable(executable).spills
-            tvm_llvm.link(executable, self.target, folder)
-            library = tvm_llvm.load(folder / tvm_llvm.LIBRARY_NAME)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what is loaded stays mapped
-        threads.attach(library)
-        return _Part(library), spills
+        data, spills = self.library(configuration)
+        return _load(data), spills
+
+
+def _load(data: bytes) -> _Part:
+    """Load a library from its bytes."""
+    with tempfile.TemporaryDirectory(prefix="edgeformer-trial-") as name:  # what is loaded stays mapped
+        path = Path(name) / tvm_llvm.LIBRARY_NAME
+        path.write_bytes(data)
+        library = tvm_llvm.load(path)
+    threads.attach(library)
+    return _Part(library)
 
 
 class _Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -19,7 +20,7 @@ from ..compiler.operator import Form, Operator, Sizes
 from ..compiler.records import RecordStore
 from ..compiler.space import Space
 from ..compiler.target import Target
-from ..compiler.tuner import Event, Outcome, OutOfTime, Problem, tune
+from ..compiler.tuner import Evaluator, Event, Outcome, OutOfTime, Problem, tune
 from .trial import Limited, Request
 
 _PREPARE_SECONDS = 240.0  # of the first trial: inputs and references of a large problem are made
@@ -188,13 +189,15 @@ def tune_problems(
     more: bool = False,
     most_trials: int = 1 << 30,
     progress: Callable[[Event], None] | None = None,
+    evaluator: Evaluator | None = None,
 ) -> list[Outcome]:
-    """Tune problems on this machine within `seconds`; see compiler.tuner.tune."""
+    """Tune problems within `seconds`, on this machine or where `evaluator` does; see compiler.tuner.tune."""
     journal, records = Journal(root), RecordStore(root)
     try:
-        with ChildEvaluator() as evaluator:
+        with contextlib.ExitStack() as stack:
+            where = evaluator or stack.enter_context(ChildEvaluator())
             return tune(
-                problems, evaluator, records, journal, seconds=seconds, versions=versions(), more=more,
+                problems, where, records, journal, seconds=seconds, versions=versions(), more=more,
                 most_trials=most_trials, progress=progress,
             )  # fmt: skip
     finally:

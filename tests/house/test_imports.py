@@ -18,6 +18,7 @@ ABOVE_ALL = {
     "console": len(ORDER),
     "cli_options": len(ORDER),
     "commands": len(ORDER) + 1,
+    "cli_device": len(ORDER) + 1,
     "cli_tune": len(ORDER) + 1,
 }
 ABOVE_ALL |= {"cli": len(ORDER) + 2, "__init__": len(ORDER) + 2}

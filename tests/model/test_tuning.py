@@ -1,0 +1,106 @@
+"""Tuning a model: when it is loaded (EDGEFORMER_TUNE=on), by operators, and never inside of a call."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import edgeformer
+from edgeformer.compiler.errors import UnsupportedError
+from edgeformer.compiler.journal import read_progress
+from edgeformer.compiler.records import RecordStore
+from edgeformer.kernels.attention import OPERATOR as ATTENTION
+from edgeformer.model import tuning
+from edgeformer.runtime import dispatch, recorded
+from edgeformer.runtime.tuning import problem_of, tune_problems
+
+
+@pytest.fixture(autouse=True)
+def _fresh(cache: Path) -> Any:
+    recorded.forget()
+    yield
+    recorded.forget()
+    dispatch.forget()
+
+
+def test_on_tunes_what_has_no_record_while_loading_and_nothing_in_a_call(
+    make_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_gguf("Q4_0", context=600).path
+    monkeypatch.setenv("EDGEFORMER_TUNE", "on")
+    monkeypatch.setenv("EDGEFORMER_TUNE_BUDGET", "20s")
+    both = tuning._step_problems
+    monkeypatch.setattr(tuning, "_step_problems", lambda *given: both(*given)[:1])  # decode alone: time
+    with pytest.warns(RuntimeWarning, match="EDGEFORMER_TUNE=on"):
+        model = edgeformer.load(path, threads=2)
+    assert model.whole_step_declined == ""
+    assert sum(p.trials for p in read_progress()) >= 1
+    records = [r for r, origin in RecordStore().all() if origin == "yours"]
+    assert records and all(r.operator == "decoder_step" for r in records)
+    monkeypatch.setattr("edgeformer.runtime.tuning.ChildEvaluator", None)  # a call may start no trial
+    model.generate([1, 2, 3], max_tokens=3, ignore_eos=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edgeformer.load(path, threads=2)  # a second load finds the record and tries nothing
+
+
+def test_a_budget_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning.on_demand() == 0.0
+    monkeypatch.setenv("EDGEFORMER_TUNE", "on")
+    assert tuning.on_demand() == 120.0
+    monkeypatch.setenv("EDGEFORMER_TUNE_BUDGET", "soon")
+    with pytest.raises(UnsupportedError, match="budget"):
+        tuning.on_demand()
+
+
+def test_attention_of_a_model_is_what_its_layers_bind(
+    make_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = edgeformer.load(make_gguf("Q4_0").path, whole_step=False, threads=2)
+    bound = []
+    given = dispatch._bind
+
+    def remember(operator: Any, spec: Any, form: Any, sizes: Any) -> Any:
+        bound.append((operator.name, spec))
+        return given(operator, spec, form, sizes)
+
+    monkeypatch.setattr(dispatch, "_bind", remember)
+    dispatch.forget()
+    from edgeformer.runtime import ops
+
+    monkeypatch.setattr(ops, "_calls", {}, raising=False)
+    model.generate(list(range(1, 25)), max_tokens=2, ignore_eos=True)
+    seen = {spec for name, spec in bound if name == "attention"}
+    assert tuning.attention_spec(model, False, 1) in seen
+    assert tuning.attention_spec(model, False, 24) in seen
+
+
+def test_attention_is_tuned_by_itself(make_gguf: Callable[..., Any], cache: Path) -> None:
+    model = edgeformer.load(make_gguf("Q4_0").path, whole_step=False, threads=2)
+    spec = tuning.attention_spec(model, False, 1)
+    problem = problem_of(ATTENTION, spec, {"tq": 1, "tk": 64}, model.target, 2)
+    assert problem is not None
+    target = dataclasses.replace(model.target, l3=0)  # small inputs
+    problem = problem_of(ATTENTION, spec, {"tq": 1, "tk": 64}, target, 2)
+    assert problem is not None
+    (outcome,) = tune_problems([problem], seconds=60.0, most_trials=2)
+    assert outcome.state == "tuned" and outcome.trials == 2
+    assert outcome.record is not None and outcome.record.operator == "attention"
+
+
+def test_replaced_layers_are_tuned_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setenv("EDGEFORMER_TUNE", "on")
+    monkeypatch.setattr(tuning, "_tune_missing", lambda missing: found.extend(missing) or 0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64, bias=False)).eval()
+    edgeformer.optimize(model, "fast", policy="all")
+    assert {(p.request.spec.n, p.request.spec.k, p.request.spec.bias) for p in found} == {
+        (96, 64, True), (64, 96, False),
+    }  # fmt: skip
+    assert {p.request.sizes["m"] for p in found} >= {1, 8}

@@ -1,0 +1,264 @@
+"""Tuning on devices that are loopback servers: spread, lost, silent, and gone with their owner."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeformer.compiler.errors import UnsupportedError
+from edgeformer.compiler.journal import Journal
+from edgeformer.compiler.operator import Form, Operator, Tuning
+from edgeformer.compiler.records import RecordStore
+from edgeformer.compiler.space import Axis, Space
+from edgeformer.compiler.target import detect
+from edgeformer.compiler.tuner import Problem, tune
+from edgeformer.kernels.quant_matmul import OPERATOR, QuantMatmulSpec, WeightFormat
+from edgeformer.runtime.remote import NoDevice, Place, RemoteEvaluator, parse_address, places
+from edgeformer.runtime.tuning import problem_of, versions
+
+pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
+pytestmark = pytest.mark.real
+SECONDS = 0.4  # of a null kernel's trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Null:
+    """A problem whose kernels do nothing for a fixed time."""
+
+    name: str = "null"
+
+    def key(self) -> str:
+        return self.name
+
+
+class NullWork:
+    """Inputs of nothing."""
+
+    nbytes = operations = 1
+    arithmetic, copies = "float", 1
+
+    def __init__(self, *ignored: Any) -> None:
+        import torch
+
+        self._memory = torch.ones(1 << 20, dtype=torch.uint8)
+        self.area = self._memory.data_ptr(), 1 << 20
+
+    def run(self, call: Callable[..., Any], index: int) -> None:
+        call()
+
+
+def null_operators() -> dict[str, Operator]:
+    """What a device's process imports: the check of a null kernel takes the time of a trial."""
+
+    def check(*ignored: Any) -> str:
+        time.sleep(SECONDS / 3)  # three seeds
+        return ""
+
+    tuning = Tuning(lambda *_: "null", lambda *_: ("null", {}), lambda *_: (), NullWork, check)
+    space = lambda *_: Space((Axis("number", tuple(range(40))),))  # noqa: E731
+    form = Form("null", "none", lambda *_: None, space, lambda *_: lambda: None, None, (), tuning)
+    return {"null": Operator("null", Null, lambda: None, (form,))}
+
+
+def null_problem() -> Problem:
+    found = problem_of(null_operators()["null"], Null(), {"m": 1}, detect(), 1)
+    assert found is not None
+    provider = f"{Path(__file__).stem}:null_operators"
+    return dataclasses.replace(found, request=dataclasses.replace(found.request, provider=provider))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """A function that starts a device, with a cache folder of its own; all end with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, ready: str = "listening on") -> tuple[subprocess.Popen[str], int]:
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        cache = str(tmp_path / f"device{len(started)}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"EDGEFORMER_CACHE_DIR": cache, "PYTHONPATH": path},
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline() if ready else ""
+        assert line.startswith(ready), process.stderr and process.stderr.read()
+        return process, int(line.rpartition(":")[2] or 0) if ready else 0
+
+    yield run
+    for process in started:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+
+
+def serve(start: Any, *more: str) -> tuple[subprocess.Popen[str], int]:
+    return start("edgeformer.cli", "device", "serve", "--port", "0", *more)
+
+
+def run_null(where: list[Place], folder: Path, trials: int, trial_seconds: float = 20.0) -> tuple[Any, float]:
+    """Return (outcome, seconds of the search) of a null problem; each device is awake before."""
+    journal, records = Journal(folder), RecordStore(folder, shipped=folder / "none")
+    with RemoteEvaluator(where, trial_seconds, 30.0) as devices:
+        given = null_problem()
+        held = [devices._take() for _ in where]
+        for device in held:
+            devices._give(device)
+        for device in held:  # torch is imported there, the problem is prepared
+            request = dataclasses.replace(given.request, configurations=(given.space.default,))
+            device.ask(request, 60.0)
+            device.known.add(request.problem)
+        start = time.monotonic()
+        (outcome,) = tune(
+            [given], devices, records, journal, seconds=120.0, versions=versions(), most_trials=trials
+        )
+        took = time.monotonic() - start
+    assert len(journal.trials(given.key)) == outcome.trials
+    journal.close()
+    return outcome, took
+
+
+def test_a_kernel_is_built_here_and_checked_and_timed_there(start: Any, tmp_path: Path) -> None:
+    _, port = serve(start, "--key", "box")
+    journal, records = Journal(tmp_path), RecordStore(tmp_path, shipped=tmp_path / "none")
+    with RemoteEvaluator([Place("127.0.0.1", port, "box")]) as devices:
+        target = devices.target()
+        assert target.key() == detect().key() and target.features == detect().features
+        spec = QuantMatmulSpec(64, 64, WeightFormat.int4(), "int8")
+        given = problem_of(OPERATOR, spec, {"m": 1}, dataclasses.replace(target, l3=0), 1)
+        assert given is not None
+        (outcome,) = tune(
+            [given], devices, records, journal, seconds=60.0, versions=versions(), most_trials=2
+        )
+    assert outcome.state == "tuned" and outcome.trials == 2 and outcome.record is not None
+    assert {t.status for t in journal.trials(given.key)} <= {"good", "noisy", "pruned"}
+
+
+def test_three_devices_of_a_tracker_share_the_trials(start: Any, tmp_path: Path) -> None:
+    port = free_port()
+    start("tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port), "--silent", ready="")
+    tracker = f"127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    _, alone = serve(start)
+    for _ in range(3):
+        serve(start, "--tracker", tracker, "--key", "board")
+    where: list[Place] = []
+    while len(where) < 3 and time.monotonic() < deadline:
+        try:
+            where = places([], tracker, "board")
+        except NoDevice:
+            time.sleep(0.5)
+    one, one_took = run_null([Place("127.0.0.1", alone)], tmp_path / "one", 12)
+    three, three_took = run_null(where, tmp_path / "three", 12)
+    assert (one.trials, three.trials) == (12, 12)
+    print(f"one device {one_took:.1f} s, three {three_took:.1f} s")
+    assert three_took <= 0.5 * one_took
+
+
+def test_a_killed_and_a_silent_device_cost_nothing_but_time(start: Any, tmp_path: Path) -> None:
+    devices = [serve(start) for _ in range(3)]
+    where = [Place("127.0.0.1", port) for _, port in devices]
+
+    import threading
+
+    def harm() -> None:
+        time.sleep(1.0)
+        devices[0][0].kill()
+        for pid in _family(devices[1][0].pid):
+            os.kill(pid, signal.SIGSTOP)
+
+    later = threading.Timer(12.0, harm)
+    family = _family(devices[1][0].pid)
+    later.start()
+    try:
+        outcome, _ = run_null(where, tmp_path / "three", 30, trial_seconds=2.0)
+    finally:
+        later.join()
+        for pid in _family(devices[1][0].pid) or family:
+            os.kill(pid, signal.SIGCONT)
+    assert outcome.state == "tuned" and outcome.trials == 30
+
+
+def _family(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return [pid, *(child.pid for child in process.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_processes_of_a_device_end_with_it_however_it_ends(start: Any, tmp_path: Path) -> None:
+    process, port = serve(start)
+    run_null([Place("127.0.0.1", port)], tmp_path / "a", 1)
+    with RemoteEvaluator([Place("127.0.0.1", port)]) as devices:
+        devices.target()
+        family = _family(process.pid)
+        assert len(family) >= 2  # the server and its session
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        import psutil
+
+        alive = family
+        while alive and time.monotonic() < deadline:
+            alive = [p for p in family if psutil.pid_exists(p) and _running(p)]
+            time.sleep(0.1)
+        assert alive == []
+
+
+def _running(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_wrong_keys_garbage_and_nobody_are_told(start: Any, tmp_path: Path) -> None:
+    process, port = serve(start, "--key", "box")
+    with socket.create_connection(("127.0.0.1", port), 5) as line:
+        line.sendall(b"GET / HTTP/1.1\r\n\r\n" * 4)
+    with RemoteEvaluator([Place("127.0.0.1", port, "another")]) as devices, pytest.raises(NoDevice):
+        devices.target()
+    assert process.poll() is None
+    with RemoteEvaluator([Place("127.0.0.1", port, "box")]) as devices:
+        assert devices.target().key() == detect().key()  # it still serves
+    with RemoteEvaluator([Place("127.0.0.1", free_port())]) as devices, pytest.raises(NoDevice):
+        devices.target()
+    for text in ("board", "board:", ":1", "board:0", "board:99999", "board:x"):
+        with pytest.raises(UnsupportedError, match="HOST:PORT"):
+            parse_address(text)
+
+
+def test_a_device_says_that_rpc_is_code_execution_and_stays_on_loopback(start: Any) -> None:
+    process, port = serve(start)
+    process.terminate()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert "code execution" in said and f"ssh -L {port}:127.0.0.1:{port}" in said
+    assert "other machines" not in said
