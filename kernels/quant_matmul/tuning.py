@@ -48,7 +48,7 @@ def check(spec: QuantMatmulSpec, sizes: Sizes, target: Target, call: Callable[..
     """Return what is wrong with `call` at the edges of the bucket of sizes["m"], past it, at odd sizes."""
     case = _case(spec, target)
     edges = _edges(spec, sizes["m"], seed)
-    for m, draw in [(m, draw) for m in edges for draw in range(_DRAWS if m == 1 else 1)]:
+    for m, draw in [(rows, i) for rows in edges for i in range(_DRAWS if rows == 1 else 1)]:
         x, bias, residual, rows, wanted = case.rows(m, seed, draw)
         with poisoned():
             got = call(x, case.packed, bias, residual)
