@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 @device_app.command("serve")
 def device_serve(
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 9190,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: the first free one from 9190.")] = 9190,
     key: Annotated[str, typer.Option(help="What clients have to ask for: a kind of device.")] = "",
     tracker: Annotated[str, typer.Option(help="HOST:PORT of a tracker that hands devices out.")] = "",
     address: Annotated[str, typer.Option(help="This device's address for the tracker's clients.")] = "",

@@ -14,6 +14,7 @@ from ..compiler.target import Target, detect
 
 ANSWER, DESCRIBE = "edgeformer.answer", "edgeformer.describe"  # what a session can be asked
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PORTS = (9190, 9999)  # of which the first free one is taken
 WARNING = (
     "RPC means code execution: whoever reaches this port runs any program as this user, unencrypted and "
     "without a password. Keep it on 127.0.0.1 and come in through an SSH tunnel: "
@@ -26,7 +27,8 @@ def serve(
 ) -> None:
     """Serve until this process ends; sessions and their children end with it.
 
-    `say(port)` is called when the port is open. A tracker tells clients `address`, or what it sees.
+    Port 0 is the first free one from 9190 on. `say(port)` is called when the port is open. A tracker tells
+    clients `address`, or what it sees.
 
     Raises UnsupportedError without TVM's RPC, CapacityError where the port is taken.
     """
@@ -40,10 +42,10 @@ def serve(
     tvm_ffi.register_global_func(ANSWER, answer, override=True)
     tvm_ffi.register_global_func(DESCRIBE, describe, override=True)
     try:
+        ports = (port, port + 1) if port else _PORTS
         state = PopenRPCServerState(
-            host, port, port + 1 if port else 65536, tracker_addr=tracker, key=key, custom_addr=address,
-            silent=True,
-        )  # fmt: skip
+            host, *ports, tracker_addr=tracker, key=key, custom_addr=address, silent=True
+        )
     except (OSError, ValueError) as error:
         raise CapacityError(f"{host}:{port} cannot be listened on: {error}") from None
     say(state.port)
