@@ -292,11 +292,14 @@ def cache_prune(
 def cache_export(
     to: Annotated[Path, typer.Option("--to", help="A folder.", show_default=False)],
     operator: Annotated[str, typer.Option(help="Only this operator's.")] = "",
+    better: Annotated[
+        bool, typer.Option("--better", help="Only what beats the default by more than its spread.")
+    ] = False,
 ) -> None:
     """Write your records to FOLDER/<micro-architecture>/<operator>.json, for review and for others."""
     from .compiler.exchange import export
 
-    count, files = export(to, operator)
+    count, files = export(to, operator, better=better)
     typer.echo(f"{count} records in {files} files under {to}", err=True)
 
 

@@ -15,14 +15,18 @@ MOST_FILE_BYTES = 16 << 20
 _MOST_FILES, _MOST_RECORDS = 1000, 20_000
 
 
-def export(folder: Path, operator: str = "", store: RecordStore | None = None) -> tuple[int, int]:
+def export(
+    folder: Path, operator: str = "", store: RecordStore | None = None, *, better: bool = False
+) -> tuple[int, int]:
     """Write the user's records to `folder`/<mcpu>/<operator>.json; return (records, files).
+
+    With `better` only those that beat the default by more than their spread: what is worth shipping.
 
     Raises CapacityError where the folder cannot be written.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record, origin in (store or RecordStore()).all():
-        if origin == "yours" and operator in ("", record.operator):
+        if origin == "yours" and operator in ("", record.operator) and (not better or is_better(record)):
             groups[record.mcpu, record.operator].append(record)
     for (mcpu, name), records in groups.items():
         records.sort(key=lambda record: (record.family, record.phase, sorted(record.sizes.items())))
@@ -34,6 +38,11 @@ def export(folder: Path, operator: str = "", store: RecordStore | None = None) -
         except OSError as error:
             raise CapacityError(f"{folder} cannot be written: {error}") from error
     return sum(map(len, groups.values())), len(groups)
+
+
+def is_better(record: Record) -> bool:
+    """Whether a record's configuration was faster than the default by more than its spread."""
+    return record.source == "measured" and 0 < record.seconds < record.default_seconds - record.spread
 
 
 def load_records(source: Path, store: RecordStore | None = None) -> int:

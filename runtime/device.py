@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import socket
 from typing import Any
 
 from ..compiler.child import Child, ChildError, end_with_parent
@@ -38,6 +39,8 @@ def serve(
     except ImportError as error:
         text = f"`device serve` needs TVM's RPC: pip install 'edgeformer[tune]' ({error})"
         raise UnsupportedError(text) from None
+    if tracker is not None and (problem := unreachable(*tracker)):
+        raise CapacityError(f"the tracker {tracker[0]}:{tracker[1]} does not answer: {problem}")
     os.register_at_fork(after_in_child=end_with_parent)
     tvm_ffi.register_global_func(ANSWER, answer, override=True)
     tvm_ffi.register_global_func(DESCRIBE, describe, override=True)
@@ -50,6 +53,15 @@ def serve(
         raise CapacityError(f"{host}:{port} cannot be listened on: {error}") from None
     say(state.port)
     state.thread.join()
+
+
+def unreachable(host: str, port: int) -> str:
+    """Return why nobody listens at an address, or "". TVM itself would try for a minute."""
+    try:
+        socket.create_connection((host, port), 5).close()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def describe() -> str:

@@ -18,7 +18,7 @@ from ..compiler.journal import Trial
 from ..compiler.measure import Measured
 from ..compiler.target import Target, available_cores
 from ..compiler.tuner import OutOfTime, Problem
-from .device import ANSWER, DESCRIBE, target_of
+from .device import ANSWER, DESCRIBE, target_of, unreachable
 from .trial import Request
 
 _TRIAL_SECONDS, _PREPARE_SECONDS = 90.0, 240.0
@@ -55,6 +55,8 @@ class Place:
         """Return an RPC session."""
         from tvm import rpc
 
+        if problem := unreachable(self.host, self.port):
+            raise OSError(problem)
         if self.shared:
             return rpc.connect_tracker(self.host, self.port).request(self.key, max_retry=1)
         return rpc.connect(self.host, self.port, self.key)
@@ -68,6 +70,9 @@ def places(rpc: Sequence[str], tracker: str, key: str) -> list[Place]:
     if not tracker:
         return [Place(*parse_address(text), key) for text in rpc]
     host, port = parse_address(tracker)
+
+    if problem := unreachable(host, port):
+        raise NoDevice(f"the tracker {tracker} does not answer: {problem}")
 
     def count() -> int:
         from tvm import rpc as tvm_rpc

@@ -112,7 +112,9 @@ def serve(start: Any, *more: str) -> tuple[subprocess.Popen[str], int]:
     return start("edgeformer.cli", "device", "serve", "--port", "0", *more)
 
 
-def run_null(where: list[Place], folder: Path, trials: int, trial_seconds: float = 20.0) -> tuple[Any, float]:
+def run_null(
+    where: list[Place], folder: Path, trials: int, trial_seconds: float = 20.0, then: Any = lambda: None
+) -> tuple[Any, float]:
     """Return (outcome, seconds of the search) of a null problem; each device is awake before."""
     journal, records = Journal(folder), RecordStore(folder, shipped=folder / "none")
     with RemoteEvaluator(where, trial_seconds, 30.0) as devices:
@@ -124,6 +126,7 @@ def run_null(where: list[Place], folder: Path, trials: int, trial_seconds: float
             request = dataclasses.replace(given.request, configurations=(given.space.default,))
             device.ask(request, 60.0)
             device.known.add(request.problem)
+        then()
         start = time.monotonic()
         (outcome,) = tune(
             [given], devices, records, journal, seconds=120.0, versions=versions(), most_trials=trials
@@ -152,7 +155,16 @@ def test_a_kernel_is_built_here_and_checked_and_timed_there(start: Any, tmp_path
 
 def test_three_devices_of_a_tracker_share_the_trials(start: Any, tmp_path: Path) -> None:
     port = free_port()
-    start("tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port), "--silent", ready="")
+    start(
+        "tvm.exec.rpc_tracker",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--port-end",
+        str(port + 1),
+        ready="",
+    )
     tracker = f"127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -184,19 +196,17 @@ def test_a_killed_and_a_silent_device_cost_nothing_but_time(start: Any, tmp_path
     import threading
 
     def harm() -> None:
-        time.sleep(1.0)
         devices[0][0].kill()
         for pid in _family(devices[1][0].pid):
             os.kill(pid, signal.SIGSTOP)
 
-    later = threading.Timer(12.0, harm)
-    family = _family(devices[1][0].pid)
-    later.start()
+    later = threading.Timer(1.0, harm)  # in the middle of the search
+    family: list[int] = []
     try:
-        outcome, _ = run_null(where, tmp_path / "three", 30, trial_seconds=2.0)
+        outcome, _ = run_null(where, tmp_path / "three", 30, 3.0, then=later.start)
     finally:
-        later.join()
-        for pid in _family(devices[1][0].pid) or family:
+        family = _family(devices[1][0].pid)
+        for pid in family:
             os.kill(pid, signal.SIGCONT)
     assert outcome.state == "tuned" and outcome.trials == 30
 

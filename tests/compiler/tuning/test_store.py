@@ -262,6 +262,19 @@ def test_import_takes_records_and_refuses_links_pipes_and_bombs(folder: Folder, 
     assert written == {f"{record().key}.json"}  # names come from digests, never from what was imported
 
 
+def test_what_beats_the_default_by_more_than_its_spread_can_be_exported_alone(
+    folder: Folder, tmp_path: Path
+) -> None:
+    given = {"default_seconds": 1.0, "spread": 0.05}
+    for name, seconds in (("win", 0.9), ("noise", 0.97), ("default", 1.0)):
+        folder.records.put(record(family=name, seconds=seconds, **given))
+    folder.records.put(record(family="static", source="static", seconds=0.1, **given))
+    assert export(tmp_path / "all", store=folder.records) == (4, 1)
+    assert export(tmp_path / "better", store=folder.records, better=True) == (1, 1)
+    text = (tmp_path / "better" / "znver5" / "matmul.json").read_text()
+    assert [entry["family"] for entry in json.loads(text)["records"]] == ["win"]
+
+
 def test_look_up_is_exact_then_nearest_and_never_crosses() -> None:
     base = make_problem(m=8).wanted
     near, exact = record(sizes={"n": 64, "k": 64, "m": 16}), record(sizes={"n": 64, "k": 64, "m": 8})
