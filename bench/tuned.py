@@ -86,7 +86,7 @@ def search(target: Target, threads: int, only: str, seconds: float, wall: float,
     done = _settled(target)
     with ChildEvaluator() as evaluator:
         for name, problem in problems(target, threads):
-            if only not in name or len(problem.space) < 2 or (settle and name in done):
+            if not _is_asked(name, only) or len(problem.space) < 2 or (settle and name in done):
                 continue
             if time.monotonic() > end - 5:
                 print("the time is over; the same command goes on", flush=True)
@@ -105,6 +105,10 @@ def search(target: Target, threads: int, only: str, seconds: float, wall: float,
             print(f"{name}: {outcome.state}, {outcome.trials} trials, {text}", flush=True)
     if settle:
         _settled(target, [])
+
+
+def _is_asked(name: str, only: str) -> bool:
+    return any(text.strip() in name for text in only.split(","))
 
 
 def _settled(target: Target, names: list[str] | None = None) -> list[str]:
@@ -128,7 +132,7 @@ def measure(target: Target, threads: int, only: str, wall: float, output: Path, 
     own = {r.key: r for r, origin in RecordStore().all() if origin == "yours"}
     with ChildEvaluator() as evaluator:
         for name, problem in problems(target, threads):
-            if only not in name or name in known:
+            if not _is_asked(name, only) or name in known:
                 continue
             if time.monotonic() > end - 8:
                 print("the time is over; the same command goes on", flush=True)
@@ -212,7 +216,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("tuned.json"))
     parser.add_argument("--seconds", type=float, default=20.0, help="of the search for each problem")
     parser.add_argument("--wall", type=float, default=float(1 << 20))
-    parser.add_argument("--only", default="", help="problems whose name has this text")
+    parser.add_argument("--only", default="", help="problems whose name has one of these texts: A,B")
     parser.add_argument("--target", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--passes", type=int, default=11)
