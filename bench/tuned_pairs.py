@@ -1,7 +1,7 @@
 """Two sets of tuning records on a whole model, in turn: `python -m edgeformer.bench.tuned_pairs MODEL A B`.
 
-A and B are cache folders (EDGEFORMER_CACHE_DIR), such as of a short and a long `edgeformer tune`. Prints medians
-over pairs of prefill and of decode time with A over the time with B: above 1, B is faster.
+A and B are cache folders (EDGEFORMER_CACHE_DIR), such as of a short and a long `edgeformer tune`. Prints the
+median over pairs of the time with A over the time with B, of prefill and of decode: above 1, B is faster.
 """
 
 from __future__ import annotations
