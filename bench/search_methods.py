@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import random
 import statistics
@@ -101,8 +102,7 @@ def at_random(space: Space, seed: int) -> Propose:
 
 def tpe(space: Space, seed: int) -> Propose:
     """Return Optuna's tree-structured Parzen estimator, which may propose what it has seen."""
-    import optuna
-
+    optuna: Any = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
     study = optuna.create_study(sampler=sampler)
