@@ -243,7 +243,7 @@ def planned_problems(
     known = ("attention", "quant_matmul")
     if unknown := set(operators or ()) - set(known):
         raise UnsupportedError(f"{', '.join(sorted(unknown))} cannot be tuned there; {', '.join(known)} can")
-    checkpoint = QuantisedCheckpoint(open_checkpoint(path), quantize)
+    checkpoint: Any = QuantisedCheckpoint(open_checkpoint(path), quantize)
     plan = plan_memory(checkpoint, context=context, kv=kv)
     decoder = Decoder.from_checkpoint(checkpoint, context=plan.context, target=target, activation=activation)
     model = LanguageModel(

@@ -44,14 +44,17 @@ class Null:
 class NullWork:
     """Inputs of nothing."""
 
-    nbytes = operations = 1
-    arithmetic, copies = "float", 1
+    nbytes: int = 1
+    operations: int = 1
+    arithmetic: str = "float"
+    copies: int = 1
+    area: tuple[int, int]
 
     def __init__(self, *ignored: Any) -> None:
         import torch
 
         self._memory = torch.ones(1 << 20, dtype=torch.uint8)
-        self.area = self._memory.data_ptr(), 1 << 20
+        self.area = (int(self._memory.data_ptr()), 1 << 20)
 
     def run(self, call: Callable[..., Any], index: int) -> None:
         call()
