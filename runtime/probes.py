@@ -48,6 +48,12 @@ def read_area(address: int, nbytes: int) -> float:
     return lines * LINE_BYTES / (time.perf_counter() - start)
 
 
+def reader(threads: int) -> Callable[[int, int], Any]:
+    """Return a call that reads (address, bytes) once: the loop of `read_area`, to be timed by the caller."""
+    function, out = _library().function("read"), torch.zeros(threads * 16, dtype=torch.int32)
+    return lambda address, nbytes: function(threads, nbytes // LINE_BYTES, address, out.data_ptr())
+
+
 def int8_dot_peak(threads: int | None = None, repeats: int = 5) -> float:
     """Return the best operations per second of the target's int8 dot product on operands in L1."""
     return _tile_peak("dot", threads, repeats) * dot_operations(current_target().isa, _ROUNDS)

@@ -156,9 +156,10 @@ class Bench:
         dispatch.use_target(self.target)  # whose instructions the peaks are of
         try:
             peaks = probes.rounds(torch.get_num_threads())
+            read = probes.reader(torch.get_num_threads())
             runs += [lambda i, run=run: run() for run, _ in peaks.values()]
             with locked(cache_root() / "tuning" / "measuring.lock"):
-                found = measure([*runs, lambda i: self._read(piece)], passes, probe=self._probe)
+                found = measure([*runs, lambda i: self._read(read, piece)], passes, probe=self._probe)
         finally:
             dispatch.use_target(before)
         count, samples = len(calls), found.samples
@@ -168,13 +169,11 @@ class Bench:
         about = (work.nbytes, work.operations, work.arithmetic, work.copies)
         return Limited(samples[:count], limits, found.moved, *about)
 
-    def _read(self, piece: int) -> None:
+    def _read(self, read: Callable[[int, int], Any], piece: int) -> None:
         """Read a piece of the inputs that was not read lately."""
-        from . import probes
-
         address, nbytes = self._work().area
         self._at = self._at + piece if self._at + 2 * piece <= nbytes else 0
-        probes.read_area(address + self._at, piece)
+        read(address + self._at, piece)
 
     def check(self, configuration: Mapping[str, Any]) -> str:
         """Return what is wrong with a configuration's results, or ""."""
