@@ -24,7 +24,7 @@ from typing import Any
 from ..compiler.journal import GOOD, Trial
 from ..compiler.records import write_text
 from ..compiler.search import Evolution
-from ..compiler.space import Space
+from ..compiler.space import Constraint, Space
 from ..compiler.target import Target, available_cores
 from ..compiler.tuner import Problem
 from .tuned import problems
@@ -88,8 +88,9 @@ Propose = Callable[[list[Trial]], Any]
 
 
 def evolution(space: Space, seed: int) -> Propose:
-    """Return our own search."""
+    """Return our own search, as it goes through spaces that are too large to be tried whole."""
     search = Evolution(space, seed)
+    search._all = None
     return search.propose
 
 
@@ -134,21 +135,18 @@ def replay(
 ) -> float:
     """Return the best ratio to the default that a search finds in a table within `seconds`.
 
-    The space is what the table holds: a proposal that it does not hold costs nothing and is not counted.
+    Its space is the members that the table holds.
     """
-    propose, trials, left, best, skipped = make(space, seed), [], seconds, 1.0, 0
-    while left > 0 and skipped < 2000:
-        configuration = propose(trials)
-        if configuration is None:
-            break
-        row = table.get(key(configuration))
-        if row is None:
-            trials.append(Trial(configuration, "pruned"))
-            skipped += 1
-            continue
+    measured = Constraint("it was measured", lambda c: key(c) in table or c == space.default)
+    held = dataclasses.replace(space, constraints=(*space.constraints, measured))
+    propose, trials, left, best = make(held, seed), [], seconds, 1.0
+    while len(trials) < len(table) and (configuration := propose(trials)) is not None:
+        row = table[key(configuration)]
         left -= row["took"]
+        if left < 0:
+            break
         trials.append(Trial(configuration, row["status"], row["ratio"]))
-        if left >= 0 and row["status"] == GOOD and row["ratio"] is not None:
+        if row["status"] == GOOD and row["ratio"] is not None:
             best = min(best, row["ratio"])
     return best
 
