@@ -24,6 +24,7 @@ from .trial import Request
 _TRIAL_SECONDS, _PREPARE_SECONDS = 90.0, 240.0
 _GRACE = 10.0  # seconds by which an answer may be late before its device counts as lost
 _CONNECT_SECONDS = 20.0
+_MOST_LOST = 3  # devices that a configuration may lose before it is taken for the reason
 
 
 class DeviceLost(Exception):
@@ -218,7 +219,7 @@ class RemoteEvaluator:
         libraries = tuple(self._library(request, dict(c)) for c in needed)
         request = dataclasses.replace(request, libraries=tuple(entry for entry in libraries if entry))
         lost = ""
-        for _ in range(2):
+        for _ in range(_MOST_LOST):
             device = self._take()
             timeout = len(configurations) * self._trial_seconds
             timeout += 0.0 if request.problem in device.known else self._prepare_seconds
@@ -236,7 +237,7 @@ class RemoteEvaluator:
             device.known.add(request.problem)
             self._give(device)
             return found
-        raise ChildError("crash", f"two devices were lost during this: {lost}")
+        raise ChildError("crash", f"{_MOST_LOST} devices were lost during this: {lost}")
 
     def _library(self, request: Request, configuration: dict[str, Any]) -> tuple[str, bytes, int] | None:
         """Return (configuration, the library's bytes, its spills), built here for the device's target."""
