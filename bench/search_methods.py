@@ -37,7 +37,6 @@ CHOSEN = (
     "135M down M=8",
 )
 CUT = {"gemm_from": 2, "large_rows": 1, "prefetch": 4}  # values of an axis that take part, the first ones
-SEEDS = 40
 Table = dict[str, Trial]  # by the configuration's text
 
 
@@ -105,7 +104,7 @@ def tpe(space: Space, seed: int) -> Propose:
     """Return Optuna's tree-structured Parzen estimator, which may propose what it has seen."""
     optuna: Any = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     study = optuna.create_study(sampler=sampler)
     asked: list[Any] = []
     tried: set[str] = {key(space.default)}
@@ -151,7 +150,7 @@ def replay(
     return best
 
 
-def compare(folder: Path, target: Target, budgets: tuple[float, ...]) -> str:
+def compare(folder: Path, target: Target, budgets: tuple[float, ...], seeds: int) -> str:
     """Return a Markdown table: the best ratio by search and time over seeds, and the best there is."""
     lines = ["| problem | members | seconds | " + " | ".join(METHODS) + " | best there is |"]
     lines.append("| --- |" + " --- |" * (len(METHODS) + 3))
@@ -165,7 +164,7 @@ def compare(folder: Path, target: Target, budgets: tuple[float, ...]) -> str:
         for seconds in budgets:
             cells = []
             for make in METHODS.values():
-                found = [replay(make, problem.space, table, seconds, seed) for seed in range(SEEDS)]
+                found = [replay(make, problem.space, table, seconds, seed) for seed in range(seeds)]
                 low, middle, high = statistics.quantiles(found, n=4)
                 cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
             best = min(good, default=1.0)
@@ -181,13 +180,14 @@ def main() -> None:
     parser.add_argument("--target", default="auto")
     parser.add_argument("--wall", type=float, default=600.0)
     parser.add_argument("--budgets", type=float, nargs="+", default=[5.0, 15.0])
+    parser.add_argument("--seeds", type=int, default=40)
     options = parser.parse_args()
     target = Target.parse(options.target)
     target = dataclasses.replace(target, l3=target.l3 or Target.parse("auto").l3)
     if options.do == "measure":
         fill(options.folder, target, options.wall)
     else:
-        print(compare(options.folder, target, tuple(options.budgets)))
+        print(compare(options.folder, target, tuple(options.budgets), options.seeds))
 
 
 if __name__ == "__main__":

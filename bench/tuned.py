@@ -188,7 +188,7 @@ def _row(name: str, problem: Problem, tuned: dict[str, Any], record: Any, found:
 
 def table(path: Path) -> str:
     """Return a measurement as a Markdown table."""
-    rows = json.loads(path.read_text())["rows"]
+    rows = sorted(json.loads(path.read_text())["rows"], key=_order)
     lines = [
         "| problem | limit | default | tuned | default / limit | tuned / limit | gain | found |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -208,6 +208,18 @@ def table(path: Path) -> str:
     gains = [r["default_seconds"] / r["tuned_seconds"] for r in rows]
     mean = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else 1.0
     return "\n".join([*lines, "", f"Geometric mean of the gains over {len(gains)} problems: {mean:.3f}."])
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return where a row stands: products by M and size, then attention."""
+    sizes = row["sizes"]
+    return (
+        "m" not in sizes,
+        sizes.get("m", 0),
+        row["phase"],
+        sizes.get("n", 0) * sizes.get("k", 0),
+        row["problem"],
+    )
 
 
 def _time(seconds: float) -> str:
