@@ -14,13 +14,15 @@ from ..compiler.operator import Form
 from ..compiler.target import Target
 from ..kernels.attention.space import fastest_math
 from ..kernels.decoder_step import LAYER_VECTORS, LAYER_WEIGHTS, TVM_CPU, DecoderStepSpec
+from ..kernels.quant_matmul import OPERATOR as MATMUL
 from ..kernels.quant_matmul import PackedWeight
 from ..kernels.quant_matmul.space import fastest_activation
 from ..runtime.kv_cache import KVCache
+from ..runtime.prebuild import prebuild
 from ..runtime.program import CHUNK_ROWS, MAX_ROWS, StepProgram, layer_formats
 from .config import ModelConfig
 from .decoder import Block, Decoder
-from .layers import GATES
+from .layers import GATES, QuantLinear
 
 _TOLERANCE = 0.01  # of what a layer adds: an int8 code may round the other way, a wrong kernel is far off
 KV_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
@@ -185,6 +187,18 @@ def plan_programs(decoder: Decoder, kv: str, target: Target) -> list[tuple[str, 
     if any(spec is not None and TVM_CPU.decide(spec, target) is not None for spec in specs):
         return []
     return [("decoder_step", TVM_CPU, spec) for spec in specs if spec is not None]
+
+
+def build_ahead(decoder: Decoder, kv: str, target: Target, *, whole_step: bool) -> int:
+    """Build the programs and matrix products that a load will bind, several at once, where many are missing.
+
+    Returns how many were built.
+    """
+    wanted = plan_programs(decoder, kv, target) if whole_step else []
+    for module in decoder.modules():
+        if isinstance(module, QuantLinear):
+            wanted += [("quant_matmul", MATMUL.form("tvm_cpu"), spec) for spec in module.specs(target)]
+    return prebuild([item for item in wanted if item[1].decide(item[2], target) is None], target)
 
 
 def self_check(

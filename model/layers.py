@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compiler.errors import FormatError
 from ..kernels.quant_matmul import CanonicalWeight, PackedWeight, QuantMatmulSpec, WeightFormat, pack
+from ..kernels.quant_matmul.space import fastest_activation
 from ..kernels.quant_matmul.weight_format import TENSORS
 from ..runtime import ops
 
@@ -102,19 +103,26 @@ class QuantLinear(PackedModule):
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
-    def spec_keys(self) -> list[str]:
-        """The names that this layer's problem may have in the runtime's report."""
-        own = "int8" if self.activation == "auto" else self.activation
-        types = ["float" if self.weight.format.is_float else own]
-        if self.activation == "auto":
-            types.append("bfloat16")
+    def specs(self, target: Any = None) -> list[QuantMatmulSpec]:
+        """The problems that this layer may be; with a target, those that it is there for few and many rows."""
+        own = "float" if self.weight.format.is_float else "int8"
+        if self.activation != "auto":
+            types = ["float" if self.weight.format.is_float else self.activation]
+        elif target is None:
+            types = [own, "bfloat16"]
+        else:
+            types = list(dict.fromkeys(fastest_activation(m, self.weight.format, target) for m in (1, 512)))
         return [
             QuantMatmulSpec(
                 self.weight.n, self.weight.k, self.weight.format, activation, "float32", self.epilogue,
                 self.bias is not None, self.residual, self.softcap,
-            ).key()
+            )
             for activation in types
         ]  # fmt: skip
+
+    def spec_keys(self) -> list[str]:
+        """The names that this layer's problem may have in the runtime's report."""
+        return [spec.key() for spec in self.specs()]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.quant_matmul(

@@ -15,7 +15,7 @@ from ..compiler.target import Target
 from ..runtime import ops
 from ..runtime.dispatch import use_target
 from ..runtime.threads import set_threads
-from .compiled import compile_decoder
+from .compiled import build_ahead, compile_decoder
 from .decoder import Decoder
 from .generate import LanguageModel
 from .load.gguf import GGUFCheckpoint
@@ -178,6 +178,7 @@ def load_checkpoint(
         tokenizer=getattr(checkpoint, "tokenizer", None),
     )  # fmt: skip
     model.types = getattr(checkpoint, "types", list)()
+    build_ahead(decoder, kv, target, whole_step=whole_step)
     if whole_step:
         compiled, model.whole_step_declined = compile_decoder(decoder, target, kv)
         if compiled is not None:

@@ -147,6 +147,14 @@ def build_only(name: str, form: Form, spec: Any, target: Target) -> Used:
     return Used(name, form.name, spec.key(), text, folder / tvm_llvm.LIBRARY_NAME)
 
 
+def is_built(name: str, form: Form, spec: Any, target: Target) -> bool:
+    """Whether the library of (form, spec) in its default configuration is stored, or came with a folder."""
+    text = json.dumps(form.space(spec, target)[0], sort_keys=True)
+    if (name, form.name, spec.key(), target.key()) in _travelled:
+        return True
+    return store().get(_key(name, form, spec, text, target)) is not None
+
+
 def _load_travelled(name: str, form: Form, spec: Any, configuration: str, target: Target) -> Any:
     found = _travelled.get((name, form.name, spec.key(), target.key()))
     file = next((kernel.path for kernel in found or () if kernel.configuration == configuration), None)
