@@ -104,7 +104,7 @@ class QuantLinear(PackedModule):
         self.register_buffer("bias", bias)
 
     def specs(self, target: Any = None) -> list[QuantMatmulSpec]:
-        """The problems that this layer may be; with a target, those that it is there for few and many rows."""
+        """The problems that this layer may be; with a target, those of few and of many rows there."""
         own = "float" if self.weight.format.is_float else "int8"
         if self.activation != "auto":
             types = ["float" if self.weight.format.is_float else self.activation]

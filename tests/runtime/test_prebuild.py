@@ -1,4 +1,4 @@
-"""Building ahead: the store holds what a model then binds; a child that fails leaves its kernel to the parent."""
+"""Building ahead: a model then only loads; a child that fails leaves its kernel to the parent."""
 
 from __future__ import annotations
 
