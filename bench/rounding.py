@@ -50,6 +50,7 @@ class ByteModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
+        nn.init.normal_(self.embed.weight, std=HIDDEN**-0.5)  # the head too: logits of about 1
         sizes = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN, HIDDEN),
                  "o_proj": (HIDDEN, HIDDEN), "gate_proj": (HIDDEN, MLP), "up_proj": (HIDDEN, MLP),
                  "down_proj": (MLP, HIDDEN)}  # fmt: skip
@@ -130,7 +131,8 @@ def train(seconds: float, seed: int = 0) -> tuple[ByteModel, str, float]:
         found.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step, loss = step + 1, float(found) if step == 0 else 0.98 * loss + 0.02 * float(found)
+        now = float(found.detach())
+        step, loss = step + 1, now if step == 0 else 0.98 * loss + 0.02 * now
     return model.eval(), text[cut:], loss
 
 
