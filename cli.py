@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_device, cli_tune
+from . import cli_device, cli_targets, cli_tune
 from .cli_bench import bench_app
 from .cli_options import (
     Activation,
@@ -62,6 +62,7 @@ app.add_typer(bench_app, name="bench")
 register(app)
 cli_tune.register(app)
 cli_device.register(app)
+cli_targets.register(app)
 
 
 def main() -> None:
@@ -200,37 +201,6 @@ def doctor(output: OutputText = Text.text) -> None:
         "warnings": machine.warnings_of(found) or "none",
     }
     print_facts(facts, output == Text.json)
-
-
-@app.command()
-def targets(output: OutputText = Text.text) -> None:
-    """List the targets that code can be compiled for, this host first."""
-    from .compiler.target import PROOFS, Target, detect, known_targets
-
-    host = detect()
-    rows = []
-    for target in (host, *(Target.parse(name) for name in known_targets())):
-        missing = target.missing_on(host)
-        rows.append(
-            {
-                "name": "auto" if target is host else target.name,
-                "arch": target.arch,
-                "mcpu": target.mcpu,
-                "isa": target.isa,
-                "proof": target.proof,
-                "runs_here": not missing,
-                "missing": missing,
-            }
-        )
-    if output == Text.json:
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        here = "runs here" if row["runs_here"] else "lacks " + ", ".join(row["missing"][:4])
-        typer.echo(
-            f"{row['name']:18} {row['arch']:8} {row['mcpu']:16} {row['isa']:12} {row['proof']:10} {here}"
-        )
-    typer.echo("\n".join(f"{name}: {meaning}" for name, meaning in PROOFS.items()), err=True)
 
 
 if __name__ == "__main__":

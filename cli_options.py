@@ -54,11 +54,15 @@ ModelPath = Annotated[
     Path,
     typer.Argument(metavar="MODEL", help="A GGUF file, or a model's folder.", show_default=False),
 ]
-TargetName = Annotated[str, typer.Option(help="auto, or a name of `edgeformer targets`.")]
+TargetName = Annotated[
+    str, typer.Option(help="auto, a name of `edgeformer targets`, or directml (compile only).")
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the physical cores.")]
 Context = Annotated[int | None, typer.Option("--context", "-c", min=1, help="Tokens to hold.")]
 KvType = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
-OwnKvType = Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache; default: bf16.")]
+OwnKvType = Annotated[
+    Kv | None, typer.Option("--kv", help="Type of the KV cache; default: bf16 (directml: fp32).")
+]
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Round wider weights while loading.")]
 OpByOp = Annotated[bool, typer.Option("--op-by-op", help="Call every kernel from PyTorch.")]
 ActivationType = Annotated[

@@ -12,8 +12,6 @@ from .cli_options import (
     ActivationType,
     Context,
     DryRun,
-    Kv,
-    KvType,
     ModelPath,
     OutputFolder,
     OutputText,
@@ -27,7 +25,7 @@ from .cli_options import (
     Trust,
     value,
 )  # fmt: skip
-from .console import megabytes, print_facts, print_plan, stderr
+from .console import DIRECTML, megabytes, print_directml, print_facts, print_plan, stderr
 
 TextFile = Annotated[Path | None, typer.Option("--text", "-f", help="A UTF-8 text; default: a licence's.")]
 EvalTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of the text.")]
@@ -46,22 +44,29 @@ def compile_folder(
     output: OutputFolder,
     target: TargetName = "auto",
     context: Context = None,
-    kv: KvType = Kv.bf16,
+    kv: OwnKvType = None,
     quantize: QuantizeTo = None,
     activation: ActivationType = Activation.auto,
     dry_run: DryRun = False,
 ) -> None:
-    """Write packed weights and kernels to a folder that `edgeformer run` starts without compiling."""
+    """Write packed weights and kernels to a folder that `edgeformer run` starts without compiling.
+
+    `--target directml` writes an ONNX model instead, for DirectML on Windows (fp32 or fp16 by --kv).
+    """
     if dry_run:
-        print_plan(model, target, context, kv.value, value(quantize), runs_here=False)
+        here = "auto" if target == DIRECTML else target
+        kind = value(kv) or ("fp32" if target == DIRECTML else "bf16")
+        print_plan(model, here, context, kind, value(quantize), runs_here=False)
         return
     from .model.compile_folder import compile_model
 
     with stderr().status("compiling"):
         folder = compile_model(
-            model, output, target=target, context=context, kv=kv.value, quantize=value(quantize),
+            model, output, target=target, context=context, kv=value(kv), quantize=value(quantize),
             activation=activation.value,
         )  # fmt: skip
+    if target == DIRECTML:
+        print_directml(folder)
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     typer.echo(f"{folder}: {megabytes(total)}; start it with `edgeformer run {folder}`", err=True)
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .model.generate import LanguageModel
 
 
+DIRECTML = "directml"  # a target of `compile` that is a tool chain, not a device
+
+
 def answer(
     model: LanguageModel, prompt: str, raw: bool, messages: list[dict[str, str]], sampling: dict[str, Any]
 ) -> None:
@@ -103,6 +106,22 @@ def print_plan(
     typer.echo(f"{'context':10} {needed.context:>12}")
     typer.echo(f"{'free':10} {megabytes(free_memory()):>12}")
     require_memory(needed)
+
+
+def print_directml(folder: Path) -> None:
+    """Say how an ONNX folder was checked, and which nodes DirectML would leave to the CPU."""
+    from .model.load.manifest import read
+
+    checked = read(folder)["checked"]
+    error, missing = checked.get("error"), checked["directml"]
+    if error is None:
+        typer.echo("not checked: onnxruntime is not installed here", err=True)
+    else:
+        typer.echo(f"logits on the CPU provider are {error:.1e} from fp32 PyTorch's", err=True)
+    for text in missing:
+        typer.echo(f"falls back to the CPU: {text}", err=True)
+    count = len(missing) or "no"
+    typer.echo(f"{count} nodes without a DirectML kernel (its list of {checked['table']})", err=True)
 
 
 def print_report(model: LanguageModel) -> None:

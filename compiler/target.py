@@ -106,7 +106,7 @@ class Target:
 
     @staticmethod
     def parse(name: str | Target) -> Target:
-        """Return the target `name`: "auto" (this host), a name from `known_targets()`, or a Target.
+        """Return the target `name`: "auto" (this host), a target's or device's name, or a Target.
 
         Raises TargetError with close names for an unknown one.
         """
@@ -116,7 +116,9 @@ class Target:
             return detect()
         known = _known()
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, "auto"], n=3)
+            if (found := _of_device(name)) is not None:
+                return found
+            close = difflib.get_close_matches(name, [*known, *_device_names(), "auto"], n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise TargetError(f"Unknown target {name!r}.{hint} `edgeformer targets` lists all names.")
         return known[name]
@@ -150,15 +152,42 @@ def known_targets() -> list[str]:
     return sorted(_known())
 
 
-@functools.cache
-def _known() -> dict[str, Target]:
+def parse_target_file(entry: Any) -> dict[str, Any]:
+    """Return the values of a file in `targets`."""
     import yaml
 
+    return yaml.safe_load(entry.read_text(encoding="utf-8"))
+
+
+def _device_names() -> list[str]:
+    from .devices import known_devices
+
+    return [device.name for device in known_devices()]
+
+
+def _of_device(name: str) -> Target | None:
+    """Return the target of a device's CPU, None where no device has this name."""
+    from .devices import device
+
+    found = device(name)
+    if found is None:
+        return None
+    target = found.target()
+    if target is None:
+        raise TargetError(
+            f"{found.title} is a GPU; what runs on it there is {', '.join(found.backends)}, and code for its "
+            "host's CPU is compiled for that CPU. `edgeformer targets` lists all names."
+        )
+    return target
+
+
+@functools.cache
+def _known() -> dict[str, Target]:
     found: dict[str, Target] = {}
     folder = resources.files(__package__ or "") / "targets"
     for entry in folder.iterdir():
         if entry.name.endswith(".yaml"):
-            data: dict[str, Any] = yaml.safe_load(entry.read_text())
+            data = parse_target_file(entry)
             features = frozenset(data["features"])
             found[data["name"]] = Target(
                 name=data["name"],

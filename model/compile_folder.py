@@ -44,7 +44,7 @@ def compile_model(
     *,
     target: str | Target = "auto",
     context: int | None = None,
-    kv: str = "bf16",
+    kv: str | None = None,
     quantize: str | None = None,
     activation: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -54,14 +54,25 @@ def compile_model(
     ``edgeformer.load(output)`` and ``edgeformer run output`` then map the weights and compile nothing. For
     this host the kernels are those that a load, its self-check and some steps used; for another target
     they are planned by running the reference forms, and the device checks itself when it loads them.
-    Options as in ``load``. The folder is built aside and renamed: an unfinished one is never seen.
+    For "directml" it holds an ONNX model instead (see ``onnx_folder``). Options as in ``load``; ``kv`` is
+    "bf16" by default, for directml "fp32". The folder is built aside and renamed: an unfinished one is
+    never seen.
 
     Raises:
         FormatError: `output` exists and is something else than a compiled folder.
         BuildError: no tool chain for the target; other errors as ``load``.
     """
-    require_kv(kv)
     source, output = Path(path), Path(output)
+    if target == "directml":
+        from .onnx_folder import compile_onnx
+
+        compile_onnx(
+            open_checkpoint(source), output, context=context, kv=kv, quantize=quantize, activation=activation,
+            progress=progress,
+        )  # fmt: skip
+        return output
+    kv = kv or "bf16"
+    require_kv(kv)
     require_replaceable(output, manifest.is_compiled)
     resolved = Target.parse(target)
     if tvm_llvm.linker(resolved) is None:
@@ -143,11 +154,9 @@ def _write(
     (folder / "config.json").write_text(json.dumps(config_to_json(model.config), indent=1))
     if model.has_tokenizer:
         write_saved(folder, model.tokenizer)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
     data = {
-        "kind": "compiled",
-        "schema": manifest.SCHEMA,
-        "versions": _versions(),
+        "kind": manifest.COMPILED,
+        "versions": versions("edgeformer", "torch", "apache-tvm", "apache-tvm-ffi"),
         "sources": launch.source_digest(KERNEL_SOURCES),
         "target": dataclasses.asdict(target) | {"features": sorted(target.features)},
         "options": {"context": model.context, "kv": model.kv, "activation": activation},
@@ -157,19 +166,12 @@ def _write(
         "checkpoint": record,
         "weights": weights,
         "kernels": kernels,
-        "files": {p.relative_to(folder).as_posix(): manifest.file_entry(p) for p in files},
     }
-    for path in files:
-        os.chmod(path, 0o700 if path.suffix == ".so" else 0o600)
-    with open(folder / manifest.NAME, "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(folder / manifest.NAME, 0o600)
+    manifest.save(folder, data)
 
 
-def _versions() -> dict[str, str]:
-    names = ("edgeformer", "torch", "apache-tvm", "apache-tvm-ffi")
+def versions(*names: str) -> dict[str, str]:
+    """Return the versions of installed packages."""
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compiler.errors import FormatError, UnsupportedError
-from ..runtime.kv_cache import KVCache
 from .decoder import Block, Decoder
 from .generate import LanguageModel
 from .layers import PackedModule, RMSNorm
@@ -104,8 +103,7 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
 @torch.inference_mode()
 def model_logits(model: LanguageModel, ids: Tensor) -> Tensor:
     """Logits [T, V] of one window, by the loaded model in its own prefill chunks."""
-    c = model.config
-    cache = KVCache(c.num_layers, 1, c.num_kv_heads, c.head_dim, len(ids), dtype=model.kv)
+    cache = model.new_cache(1, len(ids))
     parts = []
     for start in range(0, len(ids), model.chunk):
         chunk = ids[None, start : start + model.chunk]

@@ -292,10 +292,14 @@ class LanguageModel:
         ):
             return self._cache
         self._cache = None  # free the old one first
-        c, capacity = self.config, self.context if rows == 1 else min(tokens, self.context)
-        self._cache = KVCache(c.num_layers, rows, c.num_kv_heads, c.head_dim, capacity, dtype=self.kv)
+        self._cache = self.new_cache(rows, self.context if rows == 1 else min(tokens, self.context))
         self._rows = rows
         return self._cache
+
+    def new_cache(self, rows: int, tokens: int) -> KVCache:
+        """An empty cache for so many rows of so many tokens, of the model's type."""
+        c = self.config
+        return KVCache(c.num_layers, rows, c.num_kv_heads, c.head_dim, tokens, dtype=self.kv)
 
     def _text_streams(
         self, rows: int, stops: list[str], write: Callable[[str], None] | None

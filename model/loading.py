@@ -22,7 +22,7 @@ from .load.gguf import GGUFCheckpoint
 from .load.huggingface import HFCheckpoint
 from .load.json_file import read_object
 from .load.manifest import NAME as MANIFEST
-from .load.manifest import CompiledFolder, is_compiled, open_folder
+from .load.manifest import ONNX, CompiledFolder, is_compiled, open_folder
 from .load.quantized import CONFIG, MODEL_TYPE, QuantizedCheckpoint
 from .plan import MemoryPlan, plan_memory, require_memory
 from .requantise import QuantisedCheckpoint
@@ -50,6 +50,11 @@ def _open_folder(path: Path) -> ModelFile:
     if is_compiled(path):
         raise UnsupportedError(f"{path} is compiled: its weights are packed; take the model it came from")
     if not (path / CONFIG).exists():
+        if next(path.glob("*.onnx"), None):
+            raise FormatError(
+                f"{path} holds an ONNX model of another tool; take the model that it was made from, and "
+                "`edgeformer compile --target directml` it"
+            )
         raise FormatError(f"{path} is no model: a folder needs {CONFIG} or {MANIFEST}; else give a GGUF file")
     if read_object(path / CONFIG).get("model_type") == MODEL_TYPE:
         return QuantizedCheckpoint(path)
@@ -147,6 +152,12 @@ def load_as_it_is(
                 f"{path} is compiled: its weights are packed; quantize the model it came from"
             )
         folder = path if isinstance(path, CompiledFolder) else open_folder(path, trust=trust)
+        if folder.kind == ONNX:
+            from .onnx_folder import load_onnx
+
+            return load_onnx(
+                folder, target=target, context=context, kv=kv, threads=threads, activation=activation
+            )
         return load_folder(
             folder, target=target, context=context, kv=kv, threads=threads, activation=activation,
             whole_step=whole_step,

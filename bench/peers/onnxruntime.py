@@ -25,8 +25,8 @@ from .sampling import random_ids
 
 KIND = EngineKind(
     name="onnxruntime", module=__name__, package="onnxruntime-genai",
-    install="pip install onnxruntime-genai onnx-ir gguf 'edgeformer[hf]'",
-    imports=("onnxruntime_genai", "onnx_ir", "transformers", "gguf"),
+    install="pip install onnxruntime-genai onnx-ir gguf accelerate 'edgeformer[hf]'",
+    imports=("onnxruntime_genai", "onnx_ir", "transformers", "gguf", "accelerate"),
     packages=("onnxruntime", "onnxruntime-genai"),
 )  # fmt: skip
 

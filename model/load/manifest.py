@@ -19,6 +19,7 @@ from ...compiler.errors import FormatError, TrustError, UnsupportedError
 
 NAME = "edgeformer.json"
 WEIGHTS = "weights.bin"
+COMPILED, ONNX = "compiled", "onnx"  # kinds: native kernels; a graph for ONNX Runtime
 SCHEMA = 1
 MAX_MANIFEST = 64 << 20  # bytes
 _PIECE = 4 << 20
@@ -45,6 +46,11 @@ class CompiledFolder:
     kernels: tuple[KernelFile, ...]
     _found: dict[str, str] = field(default_factory=dict)
     _hashing: threading.Thread | None = None
+
+    @property
+    def kind(self) -> str:
+        """COMPILED or ONNX."""
+        return self.data["kind"]
 
     def file(self, name: str) -> Path:
         """Return the path of a file of the manifest; FormatError where the manifest has none."""
@@ -91,7 +97,7 @@ def open_folder(path: str | Path, *, trust: bool = False) -> CompiledFolder:
         UnsupportedError: the folder was written for another version of EdgeFormer.
     """
     path = Path(path)
-    data = _read(path)
+    data = read(path)
     folder = CompiledFolder(path, data, _kernels(path, data))
     _check_files(folder, trust)
     folder.start_hashing()
@@ -101,7 +107,8 @@ def open_folder(path: str | Path, *, trust: bool = False) -> CompiledFolder:
     return folder
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Return a folder's manifest, its fields checked but not the files. Raises FormatError."""
     manifest = path / NAME
     try:
         info = manifest.lstat()
@@ -112,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise FormatError(f"cannot read {manifest}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{manifest} is damaged: {str(error)[:200]}") from error
-    if not isinstance(data, dict) or data.get("kind") != "compiled":
+    if not isinstance(data, dict) or data.get("kind") not in (COMPILED, ONNX):
         raise FormatError(f"{manifest} is not the manifest of a compiled folder")
     if data.get("schema") != SCHEMA:
         raise UnsupportedError(
@@ -192,7 +199,7 @@ def _check_files(folder: CompiledFolder, trust: bool) -> None:
                 f"{folder.path}: {name} has {info.st_size} bytes, not {folder.data['files'][name]['bytes']}; "
                 "the copy is not complete"
             )
-        if not trust and (problem := _foreign(info)):
+        if folder.kind == COMPILED and not trust and (problem := _foreign(info)):
             raise TrustError(
                 f"{folder.path} holds native code, and {name} {problem}. Where you trust whoever can write "
                 "there, run it with --trust; else compile the model yourself"
@@ -205,6 +212,19 @@ def _foreign(info: os.stat_result) -> str:
     if info.st_uid != os.getuid():
         return "belongs to somebody else"
     return "can be written by others" if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def save(folder: Path, data: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose other files are all there; `data` lacks only their table."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:
+        os.chmod(path, 0o700 if path.suffix == ".so" else 0o600)
+    table = {p.relative_to(folder).as_posix(): file_entry(p) for p in files}
+    with open(folder / NAME, "w") as file:
+        json.dump({**data, "schema": SCHEMA, "files": table}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(folder / NAME, 0o600)
 
 
 def _sha256(path: Path) -> str:

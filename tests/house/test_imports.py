@@ -19,6 +19,7 @@ ABOVE_ALL = {
     "cli_options": len(ORDER),
     "commands": len(ORDER) + 1,
     "cli_device": len(ORDER) + 1,
+    "cli_targets": len(ORDER) + 1,
     "cli_tune": len(ORDER) + 1,
 }
 ABOVE_ALL |= {"cli": len(ORDER) + 2, "__init__": len(ORDER) + 2}

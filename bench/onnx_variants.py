@@ -1,0 +1,189 @@
+"""What ONNX Runtime's CPU provider makes of one model: this graph, variants of it, and genai's own builder.
+
+``python -m edgeformer.bench.onnx_variants MODEL.gguf`` writes every variant with the same weights, times a
+prompt and single tokens interleaved, and prints how far each is from the fastest.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from ..compiler.backends.onnx_graph import Graph, require
+from ..model.config import ModelConfig
+from ..model.loading import open_checkpoint
+from ..model.onnx_decoder import (
+    IDS,
+    LOGITS,
+    POSITIONS,
+    ROWS,
+    SEQLENS,
+    TOTAL,
+    GraphOptions,
+    build_graph,
+    cache_names,
+)
+from ..runtime.onnx_session import DecoderSession
+
+CONTEXT = 1024
+Change = Callable[[Any], None]
+
+
+def no_zeros(model: Any) -> None:
+    """Leave out zero points that are the middle everywhere: MatMulNBits takes 8 (or 128) for itself."""
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits" and not node.input[0].startswith("rest"):
+            del node.input[3:]
+
+
+def level(number: int) -> Change:
+    """Another accuracy level: 1 fp32 activations, 2 fp16, 3 bf16, 4 int8."""
+
+    def change(model: Any) -> None:
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                    attribute.i = number
+
+    return change
+
+
+def packed_attention(model: Any) -> None:
+    """Queries, keys and values as one input, turned inside of GroupQueryAttention (no DirectML kernel)."""
+    helper, by_output, drop = require("onnx").helper, {}, []
+    for node in model.graph.node:
+        by_output |= dict.fromkeys(node.output, node)
+    for node in model.graph.node:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        split = by_output[node.input[0]]
+        turned = by_output[split.input[0]]
+        first = by_output[turned.input[0]]
+        node.input[0], node.input[1], node.input[2] = first.input[0], "", ""
+        node.input.extend(turned.input[2:4])
+        node.attribute.append(helper.make_attribute("do_rotary", 1))
+        drop += [split, turned, first]
+    for node in drop:
+        model.graph.node.remove(node)
+
+
+VARIANTS: dict[str, tuple[Change, ...]] = {
+    "ours": (),
+    "without zero points": (no_zeros,),
+    "packed attention": (packed_attention,),
+    "packed, without zero points": (packed_attention, no_zeros),
+    "fp32 activations": (level(1),),
+}
+
+
+class Runner:
+    """One variant in a session."""
+
+    def __init__(self, path: Path, config: ModelConfig, threads: int) -> None:
+        self.session, self.config = DecoderSession(path, threads=threads), config
+        self.buffers = self.session.buffers(
+            [pair for i in range(config.num_layers) for pair in zip(*cache_names(i))]
+        )
+
+    def step(self, ids: np.ndarray, position: int) -> np.ndarray:
+        """Run tokens [T] at a position; return the last one's logits [V]."""
+        count, end = len(ids), position + len(ids)
+        arrays = {
+            IDS: ids[None], POSITIONS: np.arange(position, end)[None],
+            SEQLENS: np.array([end - 1], np.int32), TOTAL: np.array([end], np.int32),
+            ROWS: np.array([count - 1]),
+        }  # fmt: skip
+        return self.session.run(self.buffers, arrays, LOGITS, [1, 1, self.config.vocab_size])[0, 0]
+
+
+class GenaiRunner:
+    """The model as onnxruntime-genai's builder writes it (its weights rounded again), in its own runtime."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        from .peers.onnxruntime import OnnxRuntimeRunner
+
+        self.peer = OnnxRuntimeRunner(str(path))
+        self.peer.load(threads, CONTEXT, 1)
+        self.generator: Any = None
+        self.position = 0
+
+    def step(self, ids: np.ndarray, position: int) -> np.ndarray | None:
+        """Run tokens at a position; a prompt before it is read first where it has another length."""
+        if position != self.position or not position:
+            self.generator = self.peer._generator(1)
+            if position:
+                self.generator.append_tokens(np.ones((1, position), np.int32))
+        self.generator.append_tokens(ids[None].astype(np.int32))
+        self.position = position + len(ids)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    prompt: Annotated[int, typer.Option("-p", help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option("-n", help="Single tokens after 128 of context.")] = 32,
+    repeats: Annotated[int, typer.Option("-r")] = 3,
+    threads: Annotated[int, typer.Option("-t")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="Variants by name; default: all.")] = None,
+    genai: Annotated[bool, typer.Option(help="Build and time onnxruntime-genai's model, too.")] = False,
+) -> None:
+    """Time every variant of a model's graph."""
+    checkpoint = open_checkpoint(model)
+    onnx, config = require("onnx"), checkpoint.config
+    random = np.random.default_rng(0)
+    ids = random.integers(0, config.vocab_size, prompt)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with open(folder / "weights.bin", "wb") as file:
+            graph = Graph(file, "weights.bin")
+            build_graph(graph, checkpoint, GraphOptions(CONTEXT))
+        made = graph.model("decoder", {}).SerializeToString()
+        runners: dict[str, Runner | GenaiRunner] = {}
+        for variant, changes in VARIANTS.items():
+            if only and variant not in only:
+                continue
+            proto = onnx.load_model_from_string(made)
+            for change in changes:
+                change(proto)
+            path = folder / f"{len(runners)}.onnx"
+            path.write_bytes(proto.SerializeToString())
+            runners[variant] = Runner(path, config, threads)
+        if genai:
+            runners["onnxruntime-genai"] = GenaiRunner(model, threads)
+        for variant, runner in runners.items():
+            runner.step(ids[:1], 128)
+            typer.echo(f"{variant} is ready", err=True)
+        times: dict[str, dict[str, list[float]]] = {v: {"pp": [], "tg": []} for v in runners}
+        logits = {}
+        for _ in range(repeats):
+            for variant, runner in runners.items():
+                start = time.perf_counter()
+                logits[variant] = runner.step(ids, 0)
+                times[variant]["pp"].append(time.perf_counter() - start)
+            for variant, runner in runners.items():
+                runner.step(ids[:1], 127)  # the caches hold a prompt of 128
+                for step in range(generate):
+                    start = time.perf_counter()
+                    runner.step(ids[step : step + 1], 128 + step)
+                    times[variant]["tg"].append(time.perf_counter() - start)
+    best = {kind: min(statistics.median(t[kind]) for t in times.values()) for kind in ("pp", "tg")}
+    for variant, found in times.items():
+        pp, tg = (statistics.median(found[kind]) for kind in ("pp", "tg"))
+        line = (
+            f"{variant:28} pp{prompt} {prompt / pp:7.1f} tokens/s, {pp / best['pp']:.2f}x the best's time; "
+        )
+        line += f"tg {1 / tg:6.1f} tokens/s, {tg / best['tg']:.2f}x"
+        if logits[variant] is not None:
+            difference = np.linalg.norm(logits[variant] - logits["ours"]) / np.linalg.norm(logits["ours"])
+            line += f"; logits {difference:.1e} from ours"
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,109 @@
+"""ONNX Runtime: one session of a decoder, its providers, and caches that stay where they are."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compiler.backends.onnx_graph import require
+from ..compiler.errors import FormatError, UnsupportedError
+
+DIRECTML, CPU = "DmlExecutionProvider", "CPUExecutionProvider"
+_MEMORY = {DIRECTML: "dml", CPU: "cpu"}
+
+
+def choose_provider(wanted: str | None = None) -> str:
+    """Return the execution provider to run on: DirectML on Windows where it is there, else the CPU's.
+
+    Raises UnsupportedError for one that this build of ONNX Runtime lacks.
+    """
+    found = require("onnxruntime").get_available_providers()
+    if wanted is None:
+        return DIRECTML if sys.platform == "win32" and DIRECTML in found else CPU
+    if wanted not in _MEMORY or wanted not in found:
+        known = ", ".join(name for name in _MEMORY if name in found)
+        raise UnsupportedError(
+            f"this onnxruntime has no provider {wanted!r} that is supported; it has {known}"
+        )
+    return wanted
+
+
+@dataclass
+class Buffers:
+    """Keys and values of one sequence on the provider's device: one memory, bound as past and present."""
+
+    capacity: int
+    nbytes: int
+    binding: Any
+    values: list[Any]
+    tokens: int = 0
+
+
+class DecoderSession:
+    """A decoder's graph in ONNX Runtime; see ``model/onnx_decoder.py`` for its inputs and outputs."""
+
+    def __init__(self, path: Path, *, threads: int, provider: str | None = None) -> None:
+        self._api, self._path = require("onnxruntime"), path
+        self.provider = choose_provider(provider)
+        options = self._api.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if self.provider == DIRECTML:
+            options.enable_mem_pattern = False  # DirectML's provider asks for it
+            options.execution_mode = self._api.ExecutionMode.ORT_SEQUENTIAL
+        try:
+            self.session = self._api.InferenceSession(
+                str(path),
+                options,
+                providers=[self.provider] if self.provider == CPU else [self.provider, CPU],
+            )
+        except Exception as error:  # its types share no base
+            raise FormatError(f"ONNX Runtime cannot load {path}: {str(error)[:400]}") from error
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        self._outputs = {value.name: value for value in self.session.get_outputs()}
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a chunk of several tokens must be the first: DirectML's attention sees no past then."""
+        return self.provider == DIRECTML
+
+    def operators(self) -> Counter[str]:
+        """How many nodes of each operator the model file has."""
+        model = require("onnx").load_model_from_string(self._path.read_bytes())
+        return Counter(node.op_type for node in model.graph.node)
+
+    def buffers(self, pairs: Sequence[tuple[str, str]]) -> Buffers:
+        """Allocate zeroed caches for (past, present) names and bind each to one memory."""
+        memory, binding, values, total = _MEMORY[self.provider], self.session.io_binding(), [], 0
+        capacity = 0
+        for past, present in pairs:
+            info = self._inputs[past]
+            shape, dtype = list(info.shape), {"tensor(float16)": np.float16}.get(info.type, np.float32)
+            value = self._api.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), memory, 0)
+            binding.bind_input(past, memory, 0, dtype, shape, value.data_ptr())
+            binding.bind_output(present, memory, 0, dtype, shape, value.data_ptr())
+            values.append(value)
+            total += int(np.prod(shape)) * np.dtype(dtype).itemsize
+            capacity = shape[2]
+        return Buffers(capacity, total, binding, values)
+
+    def run(
+        self, buffers: Buffers, arrays: dict[str, np.ndarray], output: str, shape: Sequence[int]
+    ) -> np.ndarray:
+        """Run a step on some buffers; return the fp32 output of that shape, fresh memory."""
+        binding = buffers.binding
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        out = np.empty(shape, np.float32)
+        binding.bind_output(output, "cpu", 0, np.float32, list(shape), out.ctypes.data)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise UnsupportedError(f"ONNX Runtime failed in a step: {str(error)[:400]}") from error
+        return out
