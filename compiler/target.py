@@ -114,6 +114,11 @@ class Target:
             return name
         if name in ("auto", "host"):
             return detect()
+        if name == "directml":
+            raise TargetError(
+                "directml runs folders: `edgeformer compile --target directml MODEL -o FOLDER`, then "
+                "`edgeformer run FOLDER`"
+            )
         known = _known()
         if name not in known:
             if (found := _of_device(name)) is not None:

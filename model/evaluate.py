@@ -69,6 +69,10 @@ def evaluate(
     a reference with another vocabulary.
     """
     reference = reference or model.decoder
+    if not isinstance(reference, Decoder):
+        raise UnsupportedError(
+            f"{model.path} holds a graph, no weights to compare with; name its model with --against"
+        )
     if reference.config.vocab_size != model.config.vocab_size:
         raise UnsupportedError(
             f"the models have {model.config.vocab_size} and {reference.config.vocab_size} tokens; "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..compiler.backends.onnx_graph import MICROSOFT, Graph
 from ..kernels.attention.onnx_form import CacheNames, Heads, attention
 from ..kernels.embedding.onnx_form import rows
@@ -171,15 +173,9 @@ class _Layer:
         bias = ""
         if biased:
             vectors = [self.checkpoint.vector(f"{self.at}{part}_bias").numpy() for part in parts]
-            bias = graph.floats(f"{name}.bias", _joined(vectors))
+            bias = graph.floats(f"{name}.bias", np.concatenate(vectors))
         sums = group_sums(graph, x, held.k, held.group_size) if held.rest else ""
         return product(graph, x, held, self.options.accuracy_level, bias, sums)
 
     def _vector(self, name: str) -> str:
         return self.graph.floats(self.at + name, self.checkpoint.vector(self.at + name).numpy())
-
-
-def _joined(vectors: list) -> object:
-    import numpy as np
-
-    return np.concatenate(vectors)

@@ -64,7 +64,7 @@ class DecoderSession:
                 providers=[self.provider] if self.provider == CPU else [self.provider, CPU],
             )
         except Exception as error:  # its types share no base
-            raise FormatError(f"ONNX Runtime cannot load {path}: {str(error)[:400]}") from error
+            raise FormatError(f"ONNX Runtime cannot load {path}: {_short(error)}") from error
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = {value.name: value for value in self.session.get_outputs()}
 
@@ -86,8 +86,8 @@ class DecoderSession:
             info = self._inputs[past]
             shape, dtype = list(info.shape), {"tensor(float16)": np.float16}.get(info.type, np.float32)
             value = self._api.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), memory, 0)
-            binding.bind_input(past, memory, 0, dtype, shape, value.data_ptr())
-            binding.bind_output(present, memory, 0, dtype, shape, value.data_ptr())
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
             values.append(value)
             total += int(np.prod(shape)) * np.dtype(dtype).itemsize
             capacity = shape[2]
@@ -105,5 +105,10 @@ class DecoderSession:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
-            raise UnsupportedError(f"ONNX Runtime failed in a step: {str(error)[:400]}") from error
+            raise UnsupportedError(f"ONNX Runtime failed in a step: {_short(error)}") from error
         return out
+
+
+def _short(error: Exception) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())[:400]

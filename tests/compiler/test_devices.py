@@ -61,7 +61,8 @@ def test_a_profile_is_whole_and_every_figure_has_its_source(entry: Any) -> None:
         assert data["cpu"]["target"] in known_targets() and "tvm_llvm" in data["backends"]
         for cores in data["cpu"]["cores"]:
             assert set(cores) == CORES and cores["threads"] in (cores["count"], 2 * cores["count"])
-            assert 8 << 10 <= cores["l1d"] < cores["l2"] <= 64 << 20
+            assert cores["l1d"] >= 8192
+            assert cores["l1d"] < cores["l2"] <= 64 << 20
             assert cores["count"] % cores["l2_shared_by"] == 0 and 1000 <= cores["mhz"] <= 6500
         speeds = [cores["mhz"] for cores in data["cpu"]["cores"]]
         assert speeds == sorted(speeds, reverse=True)  # the big ones first
@@ -82,7 +83,7 @@ def test_bandwidth_is_what_the_memory_gives(entry: Any) -> None:
 
 
 def test_the_devices_that_we_promise_are_there() -> None:
-    assert WANTED <= {device.name for device in known_devices()}
+    assert {device.name for device in known_devices()} >= WANTED
 
 
 @pytest.mark.parametrize("device", known_devices(), ids=lambda device: device.name)

@@ -40,6 +40,11 @@ def test_an_unknown_name_is_refused_with_close_ones(wrong: str, close: str) -> N
         Target.parse(wrong)
 
 
+def test_directml_is_a_target_of_compile_alone() -> None:
+    with pytest.raises(TargetError, match="compile --target directml"):
+        Target.parse("directml")
+
+
 @pytest.mark.parametrize("wrong", ["", "???", "../znver5", "x" * 10_000])
 def test_an_unknown_name_without_a_close_one(wrong: str) -> None:
     with pytest.raises(TargetError, match="Unknown target"):
