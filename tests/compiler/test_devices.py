@@ -117,6 +117,14 @@ def test_a_misspelt_device_is_refused_with_close_names() -> None:
         Target.parse("ryzen-7-7840")
 
 
+def test_the_table_in_the_docs_is_what_the_profiles_say() -> None:
+    path = readme_devices.ROOT / "docs" / "devices.md"
+    text = path.read_text(encoding="utf-8")
+    assert readme_devices.replaced(text, readme_devices.section(known_devices())) == text, (
+        "run python -m edgeformer.bench.readme_devices --file docs/devices.md"
+    )
+
+
 def test_the_readme_table_has_every_device_once() -> None:
     made = readme_devices.section(known_devices())
     assert len(made.splitlines()) == 2 + len(known_devices())
