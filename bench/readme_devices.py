@@ -37,7 +37,7 @@ def _row(device: Device) -> list[str]:
         f"{device.title} (`{device.name}`)",
         ""
         if cpu is None or target is None
-        else f"{', '.join(f'{c.count} {c.name}' for c in cpu.cores)}; `{target.isa}`",
+        else f"{', '.join(f'{c.count} {c.name}' for c in cpu.cores)}; `{target.mcpu}`",
         "; ".join(caches),
         "" if gpu is None else f"{gpu.name}, `{gpu.arch}`, {gpu.units} {gpu.unit}",
         f"{size}{device.memory}, {device.bandwidth / 1e9:,.0f} GB/s",
