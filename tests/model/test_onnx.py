@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import edgeformer
 from edgeformer import cli
 from edgeformer.compiler.backends.directml import fallbacks, support
 from edgeformer.compiler.errors import CapacityError, EdgeFormerError, FormatError, UnsupportedError
+from edgeformer.compiler.target import Target
 from edgeformer.model.compile_folder import compile_model
 from edgeformer.model.decoder import Decoder
 from edgeformer.model.evaluate import capped, reference_hidden
@@ -40,9 +42,14 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def reference(path: Any, ids: list[int]) -> torch.Tensor:
+@functools.cache
+def decoder_of(path: Path) -> Decoder:
+    return Decoder.from_checkpoint(open_checkpoint(path))
+
+
+def reference(path: Path, ids: list[int]) -> torch.Tensor:
     """fp32 logits [T, V] of a model file's dequantised weights."""
-    decoder = Decoder.from_checkpoint(open_checkpoint(path))
+    decoder = decoder_of(path)
     hidden = reference_hidden(decoder, [torch.tensor(ids)])[0]
     return capped(hidden @ decoder.head.weight.unpack().dequantize().T, decoder.config.logit_softcap)
 
@@ -111,9 +118,10 @@ def test_families(family: Family, tmp_path: Path) -> None:
         assert operators["Softmax"] > 0
 
 
-def test_greedy_tokens_batches_and_chats(compiled: tuple[Path, Path]) -> None:
+def test_greedy_tokens_batches_and_chats(compiled: tuple[Path, Path], plain: Target) -> None:
     path, folder = compiled
-    model, native = edgeformer.load(folder), edgeformer.load(path, kv="fp32", activation="float")
+    native = edgeformer.load(path, target=plain, kv="fp32", activation="float", whole_step=False)
+    model = edgeformer.load(folder)
     want = native.generate(PROMPT, max_tokens=16, ignore_eos=True)
     assert model.generate(PROMPT, max_tokens=16, ignore_eos=True) == want
     ragged = [PROMPT, [3], PROMPT[:4]]
