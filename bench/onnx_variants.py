@@ -6,6 +6,7 @@ prompt and single tokens interleaved, and prints how far each is from the fastes
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -123,11 +124,13 @@ class Runner:
 class GenaiRunner:
     """The model as onnxruntime-genai's builder writes it (its weights rounded again), in its own runtime."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, folder: Path) -> None:
         from .peers.onnxruntime import OnnxRuntimeRunner
 
         self.peer = OnnxRuntimeRunner(str(path))
-        self.peer.load(threads, CONTEXT, 1)
+        if not folder.exists():
+            shutil.copytree(self.peer.build(threads), folder)
+        self.peer.open(folder, CONTEXT)
         self.generator: Any = None
         self.position = 0
 
@@ -148,7 +151,9 @@ def main(
     repeats: Annotated[int, typer.Option("-r")] = 3,
     threads: Annotated[int, typer.Option("-t")] = 2,
     only: Annotated[list[str] | None, typer.Option(help="Variants by name; default: all.")] = None,
-    genai: Annotated[bool, typer.Option(help="Build and time onnxruntime-genai's model, too.")] = False,
+    genai: Annotated[
+        Path | None, typer.Option(help="Time onnxruntime-genai's model, too; built here unless it is there.")
+    ] = None,
 ) -> None:
     """Time every variant of a model's graph."""
     checkpoint = open_checkpoint(model)
@@ -172,8 +177,8 @@ def main(
             path = folder / f"{len(runners)}.onnx"
             path.write_bytes(proto.SerializeToString())
             runners[variant] = Runner(path, config, threads)
-        if genai:
-            runners["onnxruntime-genai"] = GenaiRunner(model, threads)
+        if genai is not None:
+            runners["onnxruntime-genai"] = GenaiRunner(model, threads, genai)
         for variant, runner in runners.items():
             runner.step(ids[:1], 128)
             typer.echo(f"{variant} is ready", err=True)

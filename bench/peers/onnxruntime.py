@@ -50,9 +50,8 @@ class OnnxRuntimeRunner:
     def load(self, threads: int, context: int, batch: int, **options: Any) -> dict[str, Any]:
         if self.path.suffix != ".gguf":
             raise UnsupportedError("onnxruntime is measured on GGUF files only")
-        self.context = context
-        built = self._build(threads)
-        self.model = self.api.Model(str(built))
+        built = self.build(threads)
+        self.open(built, context)
         return {
             "version": importlib.metadata.version("onnxruntime-genai"),
             "settings": [{}],
@@ -60,7 +59,12 @@ class OnnxRuntimeRunner:
             "work": asdict(self._work(built)),
         }
 
-    def _build(self, threads: int) -> Path:
+    def open(self, built: Path, context: int) -> None:
+        """Load a built model."""
+        self.context = context
+        self.model = self.api.Model(str(built))
+
+    def build(self, threads: int) -> Path:
         """Dequantise the file into a Hugging Face folder, and build the ONNX model from it."""
         import json
 
