@@ -183,7 +183,7 @@ def main(
             runner.step(ids[:1], 128)
             typer.echo(f"{variant} is ready", err=True)
         times: dict[str, dict[str, list[float]]] = {v: {"pp": [], "tg": []} for v in runners}
-        logits = {}
+        logits: dict[str, Any] = {}
         for _ in range(repeats):
             for variant, runner in runners.items():
                 start = time.perf_counter()

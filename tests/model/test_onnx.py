@@ -163,10 +163,11 @@ def test_eval_compares_with_the_model_that_a_folder_came_from(compiled: tuple[Pa
 def test_caches_stay_in_place_and_contexts_end(compiled: tuple[Path, Path]) -> None:
     model = edgeformer.load(compiled[1], context=20)
     model.prefill(PROMPT)
-    assert isinstance(model, OnnxModel) and model._cache is not None
-    addresses = [value.data_ptr() for value in model._cache.rows[0].values]
+    cache: Any = model._cache
+    addresses = [value.data_ptr() for value in cache.rows[0].values]
     model.decode(1)
-    assert [value.data_ptr() for value in model._cache.rows[0].values] == addresses
+    assert model._cache is cache and cache.rows[0].tokens == len(PROMPT) + 1
+    assert [value.data_ptr() for value in cache.rows[0].values] == addresses
     with pytest.raises(CapacityError, match="context"):
         model.prefill([1] * 10)
     with pytest.raises(CapacityError, match="compiled for a context of 96"):
