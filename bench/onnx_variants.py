@@ -79,13 +79,13 @@ def no_rest(model: Any) -> None:
     """Round minima to whole zero points, as ONNX Runtime's own quantiser does: other values, fewer nodes."""
     by_output = {name: node for node in model.graph.node for name in node.output}
     for node in list(model.graph.node):
-        sides = [by_output.get(name) for name in node.input]
-        if node.op_type != "Add" or None in sides or sides[0].op_type != "MatMulNBits":
+        product, rest = (by_output.get(name) for name in (*node.input[:2], "", "")[:2])
+        if node.op_type != "Add" or product is None or rest is None or rest.op_type != "MatMul":
             continue
-        if sides[1].op_type == "MatMul" and sides[1].input[1].endswith(".rest"):
-            sides[0].output[0] = node.output[0]
+        if product.op_type == "MatMulNBits" and rest.input[1].endswith(".rest"):
+            product.output[0] = node.output[0]
             model.graph.node.remove(node)
-            model.graph.node.remove(sides[1])
+            model.graph.node.remove(rest)
 
 
 VARIANTS: dict[str, tuple[Change, ...]] = {

@@ -185,8 +185,8 @@ def load_onnx(
         raise CapacityError(
             f"{folder.path} was compiled for a context of {own}; compile it again with --context {context}"
         )
-    kv = folder.data["options"]["kv"]
-    plan = plan_folder(config, folder.data["files"][manifest.WEIGHTS]["bytes"], own, kv)
+    kind: str = folder.data["options"]["kv"]
+    plan = plan_folder(config, folder.data["files"][manifest.WEIGHTS]["bytes"], own, kind)
     plan = dataclasses.replace(plan, context=context or own)
     require_memory(plan)
     open_graph(folder.file(MODEL), folder.data["files"])
@@ -198,7 +198,7 @@ def load_onnx(
     return OnnxModel(
         OnnxDecoder(session, config, plan.context), folder.path,
         {"tokenizer.chat_template": folder.data.get("chat_template")}, plan,
-        target=resolved, threads=count, kv=kv,
+        target=resolved, threads=count, kv=kind,
         tokenizer=(lambda: read_saved(folder.path)) if VOCABULARY in folder.data["files"] else None,
         declined=folder.data["checked"].get("directml", []),
     )  # fmt: skip

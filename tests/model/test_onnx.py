@@ -106,12 +106,14 @@ def test_formats_give_the_logits_of_fp32(
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_families(family: Family, tmp_path: Path) -> None:
     """Windows, softcaps, norms of heads, biases, partial and scaled rotation: in DirectML's operators."""
-    source = checkpoint(hugging_face(family))
+    source: Any = checkpoint(hugging_face(family))
     source.metadata, source.path = {}, tmp_path / "model"
     assert compile_onnx(source, tmp_path / "folder", activation="float") == []
     folder = manifest.open_folder(tmp_path / "folder")
     assert folder.data["checked"]["error"] < 1e-4
-    operators = load_onnx(folder).session.operators()
+    model = load_onnx(folder)
+    assert isinstance(model, OnnxModel)
+    operators = model.session.operators()
     if family.name in ("llama", "qwen3", "phi3-longrope"):
         assert operators["GroupQueryAttention"] == 3 and not operators["Softmax"]
     if family.name in ("gemma2", "gemma3", "mistral"):
@@ -206,14 +208,15 @@ def test_options_that_the_route_lacks(compiled: tuple[Path, Path], tmp_path: Pat
         with pytest.raises(EdgeFormerError, match=match):
             compile_to(path, tmp_path / "never", **options)
     assert not (tmp_path / "never").exists()
-    for options, match in (
+    loads: tuple[tuple[dict[str, Any], str], ...] = (
         ({"kv": "fp16"}, "--kv fp32; compile it again with --kv fp16"),
         ({"activation": "int8"}, "--activation float"),
         ({"target": "znver4"}, "compiled for directml"),
         ({"quantize": "int4"}, "is compiled"),
-    ):
+    )
+    for asked, match in loads:
         with pytest.raises(UnsupportedError, match=match):
-            edgeformer.load(folder, **options)
+            edgeformer.load(folder, **asked)
 
 
 def damage(folder: Path, change: Callable[[Any], None]) -> None:
