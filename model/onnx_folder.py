@@ -33,6 +33,7 @@ from .requantise import QuantisedCheckpoint
 
 TARGET = "directml"
 MODEL = "model.onnx"
+LONG = "long.onnx"  # the same graph with fp32 activations, for long chunks on the CPU; of "auto" alone
 FLOATS = {"fp32": "float32", "fp16": "float16"}
 LEVELS = {"auto": 4, "int8": 4, "float": 1}  # of an activation: MatMulNBits' accuracy level
 WORST = {"fp32": 1e-3, "fp16": 5e-2}  # relative distance of checked logits from fp32 PyTorch
@@ -65,7 +66,10 @@ def compile_onnx(
     with new_folder(output, manifest.is_compiled) as aside:
         model = _write_graph(aside, source, options, FLOATS[kv], progress)
         found = fallbacks(model)
-        checked = _check(aside, source, model, options, kv)
+        (aside / LONG).write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
+        checked = _check(aside / LONG, source, options, kv)
+        if activation != "auto":
+            (aside / LONG).unlink()
         tokenizer = _tokenizer(checkpoint)
         if tokenizer is not None:
             write_saved(aside, tokenizer)
@@ -120,19 +124,14 @@ def _tokenizer(checkpoint: Any) -> ModelTokenizer | None:
     return ModelTokenizer(checkpoint.metadata, checkpoint.path)
 
 
-def _check(folder: Path, checkpoint: Any, model: Any, options: GraphOptions, kv: str) -> dict[str, Any]:
-    """Run the graph with fp32 activations on the CPU: a prompt, a second chunk, single tokens."""
+def _check(path: Path, checkpoint: Any, options: GraphOptions, kv: str) -> dict[str, Any]:
+    """Run a graph with fp32 activations on the CPU: a prompt, a second chunk, single tokens."""
     try:
         api = require("onnxruntime")
     except UnsupportedError as error:
         _log.warning("the graph is not checked: %s", error)
         return {"onnxruntime": ""}
-    exact = folder / "exact.onnx"
-    exact.write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
-    try:
-        session = DecoderSession(exact, threads=torch.get_num_threads(), provider=CPU)
-    finally:
-        exact.unlink()
+    session = DecoderSession(path, threads=torch.get_num_threads(), provider=CPU)
     config = checkpoint.config
     decoder = OnnxDecoder(session, config, options.context)
     room = min(options.context, 21)
@@ -189,10 +188,13 @@ def load_onnx(
     plan = plan_folder(config, folder.data["files"][manifest.WEIGHTS]["bytes"], own, kind)
     plan = dataclasses.replace(plan, context=context or own)
     require_memory(plan)
-    open_graph(folder.file(MODEL), folder.data["files"])
+    files = folder.data["files"]
+    long = folder.file(LONG) if LONG in files else None
+    for path in filter(None, (folder.file(MODEL), long)):
+        open_graph(path, files)
     folder.verify()
     count = set_threads(threads)
-    session = DecoderSession(folder.file(MODEL), threads=count)
+    session = DecoderSession(folder.file(MODEL), threads=count, long=long)
     resolved = directml_target(session.provider)
     use_target(resolved)
     return OnnxModel(

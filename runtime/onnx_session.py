@@ -36,21 +36,36 @@ def choose_provider(wanted: str | None = None) -> str:
 
 @dataclass
 class Buffers:
-    """Keys and values of one sequence on the provider's device: one memory, bound as past and present."""
+    """Keys and values of one sequence on the provider's device: one memory, bound as past and present.
+
+    ``bindings`` are of the session of short chunks, then of the one of long ones where there is one.
+    """
 
     capacity: int
     nbytes: int
-    binding: Any
+    bindings: list[Any]
     values: list[Any]
     tokens: int = 0
 
 
 class DecoderSession:
-    """A decoder's graph in ONNX Runtime; see ``model/onnx_decoder.py`` for its inputs and outputs."""
+    """A decoder's graph in ONNX Runtime; see ``model/onnx_decoder.py`` for its inputs and outputs.
 
-    def __init__(self, path: Path, *, threads: int, provider: str | None = None) -> None:
+    ``long`` is a graph with the same weights that is better for long chunks; the CPU provider alone takes
+    it, and both graphs work on the same caches.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int, provider: str | None = None, long: Path | None = None
+    ) -> None:
         self._api, self._path = require("onnxruntime"), path
         self.provider = choose_provider(provider)
+        self._sessions = [self._open(path, threads)]
+        if long is not None and self.provider == CPU:
+            self._sessions.append(self._open(long, threads))
+        self._inputs = {value.name: value for value in self._sessions[0].get_inputs()}
+
+    def _open(self, path: Path, threads: int) -> Any:
         options = self._api.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -58,15 +73,13 @@ class DecoderSession:
             options.enable_mem_pattern = False  # DirectML's provider asks for it
             options.execution_mode = self._api.ExecutionMode.ORT_SEQUENTIAL
         try:
-            self.session = self._api.InferenceSession(
+            return self._api.InferenceSession(
                 str(path),
                 options,
                 providers=[self.provider] if self.provider == CPU else [self.provider, CPU],
             )
         except Exception as error:  # its types share no base
             raise FormatError(f"ONNX Runtime cannot load {path}: {_short(error)}") from error
-        self._inputs = {value.name: value for value in self.session.get_inputs()}
-        self._outputs = {value.name: value for value in self.session.get_outputs()}
 
     @property
     def whole_prompts(self) -> bool:
@@ -80,30 +93,40 @@ class DecoderSession:
 
     def buffers(self, pairs: Sequence[tuple[str, str]]) -> Buffers:
         """Allocate zeroed caches for (past, present) names and bind each to one memory."""
-        memory, binding, values, total = _MEMORY[self.provider], self.session.io_binding(), [], 0
-        capacity = 0
+        memory, bindings = _MEMORY[self.provider], [session.io_binding() for session in self._sessions]
+        values, total, capacity = [], 0, 0
         for past, present in pairs:
             info = self._inputs[past]
             shape, dtype = list(info.shape), {"tensor(float16)": np.float16}.get(info.type, np.float32)
             value = self._api.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), memory, 0)
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
+            for binding in bindings:
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
             values.append(value)
             total += int(np.prod(shape)) * np.dtype(dtype).itemsize
             capacity = shape[2]
-        return Buffers(capacity, total, binding, values)
+        return Buffers(capacity, total, bindings, values)
 
     def run(
-        self, buffers: Buffers, arrays: dict[str, np.ndarray], output: str, shape: Sequence[int]
+        self,
+        buffers: Buffers,
+        arrays: dict[str, np.ndarray],
+        output: str,
+        shape: Sequence[int],
+        long: bool = False,
     ) -> np.ndarray:
-        """Run a step on some buffers; return the fp32 output of that shape, fresh memory."""
-        binding = buffers.binding
+        """Run a step on some buffers; return the fp32 output of that shape, fresh memory.
+
+        ``long`` takes the graph for long chunks, where there is one.
+        """
+        which = -1 if long else 0
+        binding = buffers.bindings[which]
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         out = np.empty(shape, np.float32)
         binding.bind_output(output, "cpu", 0, np.float32, list(shape), out.ctypes.data)
         try:
-            self.session.run_with_iobinding(binding)
+            self._sessions[which].run_with_iobinding(binding)
         except Exception as error:
             raise UnsupportedError(f"ONNX Runtime failed in a step: {_short(error)}") from error
         return out

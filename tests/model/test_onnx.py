@@ -20,6 +20,7 @@ from edgeformer import cli
 from edgeformer.compiler.backends.directml import fallbacks, support
 from edgeformer.compiler.errors import CapacityError, EdgeFormerError, FormatError, UnsupportedError
 from edgeformer.compiler.target import Target
+from edgeformer.model import onnx_model
 from edgeformer.model.compile_folder import compile_model
 from edgeformer.model.decoder import Decoder
 from edgeformer.model.evaluate import capped, reference_hidden
@@ -136,6 +137,20 @@ def test_greedy_tokens_batches_and_chats(compiled: tuple[Path, Path], plain: Tar
     assert model.chat(messages, max_tokens=4) == native.chat(messages, max_tokens=4)
     assert model.last_run is not None and model.last_run.reused_tokens > 0
     assert {row["operator"] for row in model.report()} >= {"MatMulNBits", "GroupQueryAttention"}
+
+
+def test_long_chunks_take_fp32_activations(
+    compiled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both graphs work on one cache: a long chunk is exact, what follows it is rounded, and sees it."""
+    model = edgeformer.load(compile_to(compiled[0], tmp_path / "auto", activation="auto"))
+    expected = reference(compiled[0], PROMPT)
+    assert 1e-4 < error(model.prefill(PROMPT)[0], expected[-1]) < 0.2
+    model.reset()
+    monkeypatch.setattr(onnx_model, "LONG", 8)
+    assert error(model.prefill(PROMPT[:9])[0], expected[8]) < 1e-4
+    for token, row in zip(PROMPT[9:], expected[9:]):
+        assert error(model.decode(token)[0], row) < 0.2
 
 
 def test_a_provider_whose_attention_sees_no_past_in_a_prompt(
