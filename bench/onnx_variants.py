@@ -31,6 +31,7 @@ from ..model.onnx_decoder import (
     build_graph,
     cache_names,
 )
+from ..model.onnx_model import LONG
 from ..runtime.onnx_session import DecoderSession
 
 CONTEXT = 1024
@@ -89,7 +90,8 @@ def no_rest(model: Any) -> None:
 
 
 VARIANTS: dict[str, tuple[Change, ...]] = {
-    "ours": (),
+    "ours": (),  # int8 for short chunks, fp32 for long ones
+    "int8 activations": (),
     "without zero points": (no_zeros,),
     "packed attention": (packed_attention,),
     "packed, without zero points": (packed_attention, no_zeros),
@@ -104,8 +106,8 @@ MINIMA = ("rounded minima", "packed, rounded minima")
 class Runner:
     """One variant in a session."""
 
-    def __init__(self, path: Path, config: ModelConfig, threads: int) -> None:
-        self.session, self.config = DecoderSession(path, threads=threads), config
+    def __init__(self, path: Path, config: ModelConfig, threads: int, long: Path | None = None) -> None:
+        self.session, self.config = DecoderSession(path, threads=threads, long=long), config
         self.buffers = self.session.buffers(
             [pair for i in range(config.num_layers) for pair in zip(*cache_names(i))]
         )
@@ -118,7 +120,8 @@ class Runner:
             SEQLENS: np.array([end - 1], np.int32), TOTAL: np.array([end], np.int32),
             ROWS: np.array([count - 1]),
         }  # fmt: skip
-        return self.session.run(self.buffers, arrays, LOGITS, [1, 1, self.config.vocab_size])[0, 0]
+        shape = [1, 1, self.config.vocab_size]
+        return self.session.run(self.buffers, arrays, LOGITS, shape, long=count >= LONG)[0, 0]
 
 
 class GenaiRunner:
@@ -176,7 +179,12 @@ def main(
                 change(proto)
             path = folder / f"{len(runners)}.onnx"
             path.write_bytes(proto.SerializeToString())
-            runners[variant] = Runner(path, config, threads)
+            long = folder / "long.onnx" if variant == "ours" else None
+            if long is not None:
+                exact = onnx.load_model_from_string(made)
+                level(1)(exact)
+                long.write_bytes(exact.SerializeToString())
+            runners[variant] = Runner(path, config, threads, long)
         if genai is not None:
             runners["onnxruntime-genai"] = GenaiRunner(model, threads, genai)
         for variant, runner in runners.items():
