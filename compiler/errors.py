@@ -27,6 +27,10 @@ class BuildError(EdgeFormerError):
     """A tool chain failed to build or to load a kernel."""
 
 
+class DeviceError(EdgeFormerError):
+    """A device is missing, is gone, or its driver computes wrong results."""
+
+
 class DeclinedError(EdgeFormerError):
     """A form that was asked for by name declined the problem; the reason is in the text."""
 

@@ -83,7 +83,9 @@ class Form:
     configurations, the default first. `lower(spec, configuration, target)` returns what the back end
     builds. `bind(spec, configuration, target, library)` returns the callable that the runtime calls;
     `library` is None for a form that needs no tool chain. `sources` are package-relative folders or
-    files whose text is part of the artifact's key. A form with `tuning` can be tuned.
+    files whose text is part of the artifact's key. A form with `tuning` can be tuned. A form on a device
+    whose driver compiles it has `verify(spec, configuration, session, library)`: what is wrong with the
+    library's results on small problems, or "".
     """
 
     name: str
@@ -94,6 +96,7 @@ class Form:
     lower: Callable[[Any, Configuration, Target], Any] | None = None
     sources: tuple[str, ...] = ()
     tuning: Tuning | None = None
+    verify: Callable[[Any, Configuration, Any, Any], str] | None = None
 
 
 @dataclass(frozen=True)

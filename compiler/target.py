@@ -106,9 +106,10 @@ class Target:
 
     @staticmethod
     def parse(name: str | Target) -> Target:
-        """Return the target `name`: "auto" (this host), a target's or device's name, or a Target.
+        """Return the target `name`: "auto" (this host), "opencl" (the first OpenCL device; "opencl:1"), a
+        target's or device's name, or a Target.
 
-        Raises TargetError with close names for an unknown one.
+        Raises TargetError with close names for an unknown one, DeviceError without such a device.
         """
         if isinstance(name, Target):
             return name
@@ -119,6 +120,10 @@ class Target:
                 "directml runs folders: `edgeformer compile --target directml MODEL -o FOLDER`, then "
                 "`edgeformer run FOLDER`"
             )
+        if name == "opencl" or name.startswith("opencl:"):
+            from .backends import opencl_device
+
+            return opencl_device.target(name)
         known = _known()
         if name not in known:
             if (found := _of_device(name)) is not None:
@@ -138,6 +143,8 @@ class Target:
 
     def missing_on(self, host: Target) -> list[str]:
         """Return what `host` lacks to run code for this target; an empty list means it can run."""
+        if self.arch == "opencl":  # a device of its own: it was asked when the target was made
+            return []
         if self.arch != host.arch:
             return [f"architecture {self.arch}"]
         return sorted(self.features - host.features)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.errors import CapacityError, UnsupportedError
-from ..kernels.quant_matmul import CanonicalWeight, pack
+from ..kernels.quant_matmul import CanonicalWeight, PackedWeight, pack
 from ..kernels.shared.memory import Arena
 from ..runtime import ops
 from ..runtime.kv_cache import KVCache, LayerKV
@@ -63,13 +63,21 @@ class Decoder(nn.Module):
         quantize: str | None = None,
         activation: str = "auto",
         progress: Callable[[int, int], None] | None = None,
+        place: Callable[[PackedWeight], PackedWeight] | None = None,
     ) -> Decoder:
-        """Build a decoder, packing one weight at a time; ``progress(done, total)`` counts layers."""
+        """Build a decoder, packing one weight at a time; ``progress(done, total)`` counts layers.
+
+        ``place`` takes each packed weight elsewhere, such as to a device, and returns what stands for it.
+        """
         if activation not in ("auto", "int8", "float"):
             raise UnsupportedError(
                 f"activation {activation!r} is not supported; use 'auto', 'int8' or 'float'"
             )
-        config, arena = checkpoint.config, Arena()
+        config, arena = checkpoint.config, Arena() if place is None else None
+
+        def laid_out(weight: CanonicalWeight, pair: bool = False) -> PackedWeight:
+            packed = pack(weight, target, pair, arena)
+            return packed if place is None else place(packed)
 
         def read(name: str) -> CanonicalWeight:
             return requantise(checkpoint.weight(name), quantize, name)
@@ -80,7 +88,7 @@ class Decoder(nn.Module):
         ) -> QuantLinear:  # fmt: skip
             parts = common_format(parts or [read(name) for name in names])
             joined = parts[0] if len(parts) == 1 else CanonicalWeight.cat(parts)
-            weight = pack(joined, target, pair, arena)
+            weight = laid_out(joined, pair)
             bias = torch.cat([checkpoint.vector(f"{name}_bias") for name in names]) if biased else None
             return QuantLinear(weight, bias=bias, activation=activation, residual=residual,
                                gate=config.activation, target=target)  # fmt: skip
@@ -96,7 +104,7 @@ class Decoder(nn.Module):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(checkpoint.vector(name), config.norm_eps)
 
-        embed = Embedding(pack(read("embed"), target, arena=arena), config.embedding_scale, target=target)
+        embed = Embedding(laid_out(read("embed")), config.embedding_scale, target=target)
         layers = []
         for i in range(config.num_layers):
             at, plain = f"layers.{i}.", not config.post_norms  # a plain product adds the residual itself
@@ -119,7 +127,7 @@ class Decoder(nn.Module):
             if progress is not None:
                 progress(i + 1, config.num_layers)
         tied = config.tie_embeddings
-        head_weight = embed.weight if tied else pack(read("head"), target, arena=arena)
+        head_weight = embed.weight if tied else laid_out(read("head"))
         head = QuantLinear(head_weight, activation=activation, softcap=config.logit_softcap, target=target,
                            saved=not tied)  # fmt: skip
         return Decoder(config, embed, layers, norm("norm"), head, context or config.max_context)

@@ -210,7 +210,7 @@ class LanguageModel:
         )
         history = padded
         for step in range(max_tokens):
-            token = sampling.draw(logits, history, seed, step)
+            token = self._draw(sampling, logits, history, seed, step)
             batch.take(token.tolist())
             if batch.done or step + 1 == max_tokens:
                 break
@@ -235,6 +235,10 @@ class LanguageModel:
             seed=seed,
         )
         return batch.kept, texts
+
+    def _draw(self, sampling: Sampling, logits: Any, history: Tensor, seed: int, step: int) -> Tensor:
+        """A token int64 [B] for each row of what ``_feed`` returned."""
+        return sampling.draw(logits, history, seed, step)
 
     def _begin(self, rows: list[list[int]], reuse: bool) -> int:
         """Make room for a run; returns how many leading tokens of a single row the cache keeps."""

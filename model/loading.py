@@ -98,7 +98,7 @@ def load(
 
     Args:
         path: the file or folder.
-        target: "auto" (this host) or a name of ``edgeformer targets``.
+        target: "auto" (this host), "opencl" (an OpenCL device) or a name of ``edgeformer targets``.
         context: tokens to hold; default: the model's own, at most 8192.
         kv: type of the KV cache: "bf16" (the default), "fp16", "fp32" or "int8".
         threads: default: the physical cores that this process may use.
@@ -113,6 +113,7 @@ def load(
         FormatError: the file is missing or damaged.
         UnsupportedError: an architecture, type or option that is not implemented.
         TargetError: this host cannot run the target.
+        DeviceError: there is no OpenCL device, or its driver computes wrong results.
         TrustError: a compiled folder that somebody else can write, without ``trust``.
         CapacityError: the model does not fit the memory; the text has the numbers.
     """
@@ -177,6 +178,12 @@ def load_checkpoint(
     progress: Callable[[int, int], None] | None, whole_step: bool,
 ) -> LanguageModel:  # fmt: skip
     """Load an opened checkpoint for this host; options as in ``load``."""
+    if "tvm_opencl" in target.backends:
+        from .opencl import load_opencl
+
+        return load_opencl(
+            checkpoint, target, context=context, kv=kv, activation=activation, progress=progress
+        )
     use_target(target)
     needed = plan_memory(checkpoint, context=context, kv=kv)
     require_memory(needed)

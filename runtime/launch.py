@@ -119,6 +119,10 @@ def bind(
     operator: Operator, form: Form, spec: Any, configuration: Mapping[str, Any], target: Target
 ) -> Callable[..., Any]:
     """Return the callable for (form, spec, configuration); build and store the artifact if it is missing."""
+    if form.backend == "tvm_opencl":
+        from . import opencl
+
+        return opencl.bind(operator, form, spec, configuration, target)
     library = None
     if form.lower is not None:
         library = load_or_build(operator.name, form, spec, configuration, target)

@@ -7,6 +7,7 @@ from typing import Any
 from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
 from ..shared.isa.table import MATRIX
+from . import opencl
 from .reference import attention, reference_call
 from .space import space
 from .spec import AttentionSpec
@@ -56,4 +57,6 @@ TVM_CPU = Form(
     sources=("kernels/attention", "kernels/shared", "compiler/backends/tvm_llvm.py"),
     tuning=TUNING,
 )
-OPERATOR = Operator("attention", AttentionSpec, attention, (TVM_CPU, reference_form(reference_call)))
+OPERATOR = Operator(
+    "attention", AttentionSpec, attention, (TVM_CPU, opencl.FORM, reference_form(reference_call))
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...compiler.operator import Configuration, Declined, Form, Operator, reference_form, single_configuration
 from ...compiler.target import Target
+from . import tvm_opencl_append
 from .append_spec import AppendSpec
 from .spec import KEY_BLOCK
 
@@ -104,4 +105,6 @@ TVM_CPU = Form(
     lower=_lower,
     sources=("kernels/attention", "kernels/shared", "compiler/backends/tvm_llvm.py"),
 )
-OPERATOR = Operator("kv_append", AppendSpec, reference, (TVM_CPU, reference_form(reference)))
+OPERATOR = Operator(
+    "kv_append", AppendSpec, reference, (TVM_CPU, tvm_opencl_append.FORM, reference_form(reference))
+)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .spec import KEY_BLOCK, AttentionSpec
+from .vectors import dense_keys
 
 _LOG2_E = 1.4426950408889634
 
@@ -130,6 +131,8 @@ def dense(
     if spec.layout == "paged":
         assert pages is not None
         k, v = k[pages].transpose(1, 2), v[pages].transpose(1, 2).flatten(2, 3)
+    if spec.layout == "vectors":
+        k = dense_keys(k)
     if spec.layout in ("blocked", "paged"):
         b, h, blocks, d, _ = k.shape
         k = k.transpose(3, 4).reshape(b, h, blocks * KEY_BLOCK, d)

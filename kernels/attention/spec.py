@@ -9,7 +9,7 @@ from ...compiler.errors import UnsupportedError
 MASKS = ("none", "causal", "causal_lengths", "additive", "block", "prefix")
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 KV_TYPES = (*FLOAT_TYPES, "int8")
-LAYOUTS = ("strided", "blocked", "paged", "latent")
+LAYOUTS = ("strided", "blocked", "paged", "latent", "vectors")
 KEY_BLOCK = 16  # tokens of a block of the blocked layout: one 512-bit vector of scores
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -36,7 +36,8 @@ class AttentionSpec:
     softcap) to bf16; sums are fp32.
 
     Layouts: "strided" takes any strides with last stride 1; "blocked" is k [B, Hkv, cap/16, D, 16] and v
-    [B, Hkv, cap, Dv]; "paged" is a table of such blocks; "latent" one latent per token, v its first Dv.
+    [B, Hkv, cap, Dv]; "paged" is a table of such blocks; "latent" one latent per token, v its first Dv;
+    "vectors" (a device's) is k [B, Hkv, cap/32, D/E, 32, E] and v [B, Hkv, cap, Dv], E elements of 16 bytes.
     """
 
     num_heads: int

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ...compiler.operator import Operator, reference_form
-from . import reference, tvm_cpu
+from . import reference, tvm_cpu, tvm_opencl
 from .spec import EmbeddingSpec
 
 OPERATOR = Operator(
-    "embedding", EmbeddingSpec, reference.embedding, (tvm_cpu.FORM, reference_form(reference.embedding))
+    "embedding",
+    EmbeddingSpec,
+    reference.embedding,
+    (tvm_cpu.FORM, tvm_opencl.FORM, reference_form(reference.embedding)),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...compiler.operator import Operator, reference_form
+from . import tvm_opencl
 from .reference import gated_silu
 from .spec import GatedSiluSpec
 
-OPERATOR = Operator("gated_silu", GatedSiluSpec, gated_silu, (reference_form(gated_silu),))
+OPERATOR = Operator("gated_silu", GatedSiluSpec, gated_silu, (tvm_opencl.FORM, reference_form(gated_silu)))

@@ -9,6 +9,7 @@ import torch
 from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
 from ..shared.isa.table import MATRIX
+from . import opencl
 from .packing import PackedWeight, pack
 from .reference import quant_matmul as reference
 from .space import space
@@ -57,4 +58,6 @@ TVM_CPU = Form(
     sources=("kernels/quant_matmul", "kernels/shared", "compiler/backends/tvm_llvm.py"),
     tuning=TUNING,
 )
-OPERATOR = Operator("quant_matmul", QuantMatmulSpec, reference, (TVM_CPU, reference_form(_reference)))
+OPERATOR = Operator(
+    "quant_matmul", QuantMatmulSpec, reference, (TVM_CPU, opencl.FORM, reference_form(_reference))
+)

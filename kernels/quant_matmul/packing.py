@@ -166,7 +166,8 @@ def _repack(weight: CanonicalWeight, pair: bool) -> PackedWeight:
 
 def layout_for(fmt: WeightFormat, target: Target, pair: bool = False) -> str:
     """Return the layout id that `target`'s kernels read."""
-    codes = TABLE[target.isa].int8_codes if fmt.bits == 8 else "unsigned"
+    signed = fmt.bits == 8 and target.arch != "opencl"
+    codes = TABLE[target.isa].int8_codes if signed else "unsigned"
     return f"n32.{codes}" + (".pair" if pair else "")
 
 

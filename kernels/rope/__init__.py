@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ...compiler.operator import Operator, reference_form
-from . import reference, tvm_cpu
+from . import reference, tvm_cpu, tvm_opencl
 from .spec import RopeSpec
 
-OPERATOR = Operator("rope", RopeSpec, reference.rope, (tvm_cpu.FORM, reference_form(reference.rope)))
+OPERATOR = Operator(
+    "rope", RopeSpec, reference.rope, (tvm_cpu.FORM, tvm_opencl.FORM, reference_form(reference.rope))
+)
