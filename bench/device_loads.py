@@ -95,8 +95,8 @@ class Loads:
 
 
 _CHILDREN = (
-    "seq", "value", "body", "min", "extent", "condition", "then_case", "else_case", "true_value", "false_value",
-    "indices", "a", "b", "args", "vectors", "base",
+    "seq", "value", "body", "min", "extent", "condition", "then_case", "else_case", "true_value",
+    "false_value", "indices", "a", "b", "args", "vectors", "base",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 A class is a largest work-group (64, 128, 256), a local memory (16, 32 KiB) and a subgroup (8 to 64). For
 each, the source is generated and held to the rules: work-group and local memory within the class, no array in
-private memory, and in every stream (weights, keys, values, rows) neighbours read 16-byte vectors side by side,
-at least a cache line of them (8 vectors). The same schedules are generated as Metal and WebGPU source.
+private memory, and in every stream (weights, keys, values, rows) neighbours read 16-byte vectors side by
+side, at least a cache line of them (8 vectors). The same schedules are generated as Metal and WebGPU source.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import TargetError
+from .errors import TargetError, UnsupportedError
 
 # LLVM's CPU names by archspec's micro-architecture names, where they differ.
 _LLVM_NAME = {
@@ -148,6 +148,11 @@ class Target:
         if self.arch != host.arch:
             return [f"architecture {self.arch}"]
         return sorted(self.features - host.features)
+
+    def require_cpu(self, what: str) -> None:
+        """Raise UnsupportedError for a target that is no CPU, where `what` is built for CPUs alone."""
+        if "tvm_llvm" not in self.backends:
+            raise UnsupportedError(f"{what} {self.name}: only CPU targets can be; `edgeformer run` takes it")
 
     def require_runnable(self) -> None:
         """Raise TargetError when this host cannot run code for this target."""

@@ -75,6 +75,7 @@ def compile_model(
     require_kv(kv)
     require_replaceable(output, manifest.is_compiled)
     resolved = Target.parse(target)
+    resolved.require_cpu("a folder for")
     if tvm_llvm.linker(resolved) is None:
         raise BuildError(tvm_llvm.no_linker(resolved))
     if policy() == "on" and not resolved.missing_on(detect()):  # which tunes; the records travel

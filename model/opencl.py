@@ -29,6 +29,7 @@ class OpenCLModel(LanguageModel):
     def __init__(self, decoder: Decoder, device_step: DeviceStep, *args: Any, **options: Any) -> None:
         super().__init__(decoder, *args, **options)
         self.device_step = device_step
+        self.step = self._step_to_host
         self.whole_step_declined = "an OpenCL device takes kernel after kernel; nothing is read within a step"
         self._sample = bound(SAMPLING, SamplingSpec(decoder.config.vocab_size), FORM)
 
@@ -39,6 +40,15 @@ class OpenCLModel(LanguageModel):
     def decode(self, token: int | Tensor) -> Tensor:
         """Run one token a row after what the cache holds; its logits [B, V]."""
         return super().decode(token).read()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _step_to_host(
+        self, ids: Tensor, cache: Any, position: int, lengths: Tensor | None = None, last_only: bool = True
+    ) -> Tensor:
+        """Logits [B, 1 or T, V] on the host, of rows without padding: for evaluating."""
+        if lengths is not None:
+            raise UnsupportedError("padded rows run by generate(), not by step()")
+        logits = self.device_step(ids, cache, position, None, last_only).read()
+        return logits.view(ids.shape[0], -1, logits.shape[-1])
 
     def _feed(self, tokens: Tensor, cache: Any) -> Any:
         """Run tokens [B, T] in chunks; logits [B, V] of the last, on the device."""
@@ -68,7 +78,8 @@ class OpenCLModel(LanguageModel):
         self._sample(logits, token, draws, rows, options, seed, step, held, adjusted)
         return token.read().long()
 
-    def _make_cache(self, rows: int, capacity: int) -> KVCache:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache of so many rows and tokens, on the device."""
         c = self.config
         return DeviceKVCache(  # pyright: ignore[reportReturnType]  holds, trims and counts as a KVCache does
             self.device_step.session, c.num_layers, rows, c.num_kv_heads, c.head_dim, capacity, self.kv

@@ -76,6 +76,7 @@ def optimize(
         raise UnsupportedError(f"optimize takes a torch module, not {type(model).__name__}")
     started = time.perf_counter()
     resolved = Target.parse(target)
+    resolved.require_cpu("layers of a PyTorch model for")
     dispatch.use_target(resolved)
     found = finding.find(model)
     if strict:

@@ -323,6 +323,7 @@ def tune(
     """
     seconds = budget_seconds(budget)
     resolved = Target.parse(target)
+    resolved.require_cpu("tuning for")
     options = {
         "path": str(Path(path).resolve()), "target": resolved, "context": context, "kv": kv,
         "threads": threads, "quantize": quantize, "activation": activation,

@@ -46,8 +46,8 @@ _TYPE_BYTES = {"float4": 16, "uint4": 16, "int4": 16, "float": 4, "uint": 4, "in
 class KernelFacts:
     """What a launch needs of a kernel, and what its source shows.
 
-    `arguments` are (name, type) in order, a type "*" for a buffer. `private_arrays` counts arrays of more than
-    one element, which would need private memory.
+    `arguments` are (name, type) in order, a type "*" for a buffer. `private_arrays` counts arrays of more
+    than one element, which would need private memory.
     """
 
     name: str

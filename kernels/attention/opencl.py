@@ -81,8 +81,8 @@ def bind(
     """Return `call(q, k, v, k_scale, v_scale, pads, out, batch, tokens, position, q_st, slots, ...)`.
 
     q fp32: token t of sequence b at (b * tokens + t) * q_st, heads side by side; k and v of `slots` slots a
-    sequence and head; pads int32 [batch] slots at the left that hold nothing; out fp32 [batch * tokens, Hq * D];
-    all are cl buffers.
+    sequence and head; pads int32 [batch] slots at the left that hold nothing; out fp32 [batch * tokens,
+    Hq * D]; all are cl buffers.
     Also `window`, `scale` and `softcap` where the spec has them.
     """
     decode, prefill = library.function("decode"), library.function("prefill")

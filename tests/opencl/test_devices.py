@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import edgeformer
 from edgeformer.cli import app
 from edgeformer.compiler.backends import opencl_device, tvm_opencl
 from edgeformer.compiler.backends.opencl_device import class_of, class_target
-from edgeformer.compiler.errors import CapacityError, DeviceError, TargetError
+from edgeformer.compiler.errors import CapacityError, DeviceError, TargetError, UnsupportedError
 from edgeformer.compiler.target import Target
 from edgeformer.kernels.gated_silu import OPERATOR
 from edgeformer.kernels.gated_silu.spec import GatedSiluSpec
@@ -122,3 +123,8 @@ def test_an_operator_that_declines_says_why(target: Target) -> None:
 
     with pytest.raises(DeclinedError, match="float32, not bfloat16"):
         dispatch.choose(OPERATOR, GatedSiluSpec("bfloat16"), target, "tvm_opencl")
+
+
+def test_what_is_for_cpus_alone(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="a folder for opencl: only CPU targets"):
+        edgeformer.compile(tmp_path / "model.gguf", tmp_path / "out", target="opencl")
