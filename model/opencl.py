@@ -60,6 +60,8 @@ class OpenCLModel(LanguageModel):
             logits = self.device_step(part, cache, self.position, self._padding)
             self.position = end
         assert logits is not None
+        if tokens.shape[1] > 1:
+            logits.session.finish()  # so that a prompt's time is its own
         return logits
 
     def _draw(

@@ -108,6 +108,11 @@ class Session:
         with self.errors():
             self._cl.enqueue_copy(self.queue, to.buffer, source.buffer, byte_count=nbytes)
 
+    def finish(self) -> None:
+        """Wait for what was enqueued."""
+        with self.errors():
+            self.queue.finish()
+
     @contextlib.contextmanager
     def errors(self) -> Any:
         """Turn an error of the driver into a DeviceError."""
@@ -120,8 +125,8 @@ class Session:
 
 
 @functools.cache
-def session(name: str = "opencl") -> Session:
-    """Return this process's session of a device ("opencl", "opencl:1"). Raises DeviceError without one."""
+def session(name: str) -> Session:
+    """Return this process's session of a device ("opencl": the first, "opencl:1"). Raises DeviceError without one."""
     return Session(name)
 
 

@@ -244,8 +244,6 @@ class Kernel:
             return
         arguments |= {"grid_x": x, "grid_y": y}
         try:
-            self._kernel(
-                self._queue, (x * lanes, y), (lanes, 1), *(arguments[name] for name in self._names)
-            )
+            self._kernel(self._queue, (x * lanes, y), (lanes, 1), *(arguments[name] for name in self._names))
         except self._errors as error:
             raise DeviceError(f"{self._device} did not take {self.facts.name}: {error}") from error

@@ -68,7 +68,7 @@ def bind(spec: RopeSpec, configuration: Configuration, target: Target, library: 
     """Return `call(x, cos, sin, pads, rows, tokens, position, heads, row_st, first=0, table=0)`.
 
     x holds `heads` heads from element `first` of each of `rows` rows, `row_st` apart (multiples of 4);
-    cos and sin are fp32 tables [places, rotary_dim / 2], read from element `table` on; pads int32 [rows / tokens].
+    cos and sin are fp32 tables [places, rotary_dim / 2], read from `table` on; pads int32 [rows / tokens].
     """
     kernel, width, half = library.function("rope"), _width(spec), spec.rotary_dim // 2
     per_turn = (2 if spec.interleaved else 4) if width == 4 else 1

@@ -18,7 +18,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip(reason)
     from edgeformer.runtime.opencl import session
 
-    return session()
+    return session("opencl")
 
 
 @pytest.fixture
