@@ -39,7 +39,7 @@ def lower(spec: AppendSpec, configuration: Configuration, target: Target) -> lis
         ("k_scale", "*float32"),
     ]
     args += [("v_scale", "*float32"), *((n, "int32") for n in numbers)]
-    k = d.DeviceKernel("append", args, configuration["lanes"])
+    k = d.DeviceKernel("append", args, int(configuration["lanes"]))
     e = elements(spec.kv_dtype)
     chunks, quads = spec.head_dim // e, e // 4
     item, row = d.let(k.group[0] * k.lanes + k.lane), k.group[1]

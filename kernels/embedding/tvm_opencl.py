@@ -30,7 +30,7 @@ def lower(spec: EmbeddingSpec, configuration: Configuration, target: Target) -> 
     from ..shared import device_tir as d
 
     args = [("ids", "*int32"), *WEIGHT_ARGS, ("y", "*float32"), ("n", "int32")]
-    k = d.DeviceKernel("embedding", args, configuration["lanes"])
+    k = d.DeviceKernel("embedding", args, int(configuration["lanes"]))
     reader = WeightReader(spec.weight, spec.k, k)
     wanted = d.let(k["ids"][k.group[1]])
     row = d.let(d.choose(d.both(wanted >= 0, wanted < k["n"]), wanted, d.i32(0)))

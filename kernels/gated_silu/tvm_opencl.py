@@ -23,7 +23,7 @@ def lower(spec: GatedSiluSpec, configuration: Configuration, target: Target) -> 
     for name, width in (("vectors", 4), ("elements", 1)):
         kind = "*float32x4" if width == 4 else "*float32"
         args = [("gate", kind), ("up", kind), ("y", kind), ("count", "int32")]
-        k = d.DeviceKernel(name, args, configuration["lanes"])
+        k = d.DeviceKernel(name, args, int(configuration["lanes"]))
         i = d.let(k.group[0] * k.lanes + k.lane)
         with d.when(i < k["count"]):
             gate, one = d.let(k["gate"][i]), d.f32(1.0, width)

@@ -34,7 +34,7 @@ def lower(spec: NormSpec, configuration: Configuration, target: Target) -> list[
     places = [f"{t}_{part}" for t in ("x", "y") for part in ("first", "outer", "inner")]
     names = ("x", "weight", "bias", "residual", "y")
     args = [(n, kind) for n in names] + [(n, "int32") for n in ("inner", *places)]
-    k = d.DeviceKernel("norm", args, configuration["lanes"], in_place=True)
+    k = d.DeviceKernel("norm", args, int(configuration["lanes"]), in_place=True)
     outer = d.let(d.truncated_division(k.group[0], k["inner"]))
     inside = d.let(k.group[0] - outer * k["inner"])
     at = {t: d.let(k[f"{t}_first"] + outer * k[f"{t}_outer"] + inside * k[f"{t}_inner"]) for t in ("x", "y")}

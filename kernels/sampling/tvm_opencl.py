@@ -27,7 +27,7 @@ def lower(spec: SamplingSpec, configuration: Configuration, target: Target) -> l
     """Return the kernels `penalize`, `greedy` and `draw`."""
     from . import tvm_opencl_emit as emit
 
-    lanes = configuration["lanes"]
+    lanes = int(configuration["lanes"])
     return [emit.penalize(spec, lanes), emit.greedy(spec, lanes), emit.draw(spec, lanes)]
 
 

@@ -28,7 +28,7 @@ from edgeformer.runtime import dispatch, opencl
 KV = ("float32", "bfloat16", "float16", "int8")
 
 
-def attention(heads: int, kv_heads: int, dim: int, kv: str, **flags: bool) -> AttentionSpec:
+def attention(heads: int, kv_heads: int, dim: int, kv: str, **flags: Any) -> AttentionSpec:
     return AttentionSpec(
         heads, kv_heads, dim, dim, kv_dtype=kv, mask="causal_lengths", layout="vectors", **flags
     )
@@ -38,7 +38,8 @@ CASES: list[tuple[Operator, Any]] = [
     *((NORM, NormSpec("rms", dim, 1e-5)) for dim in (577, 64, 1024)),
     (NORM, NormSpec("rms", 75, 1e-6, weight_offset=1.0, residual=True)),
     (NORM, NormSpec("layer", 76, 1e-5, bias=True)),
-    *((ROPE, RopeSpec(*s)) for s in ((64,), (64, 0, True), (80, 32), (10, 6), (10, 6, True))),
+    *((ROPE, RopeSpec(dim, part, order)) for dim, part, order in (
+        (64, 0, False), (64, 0, True), (80, 32, False), (10, 6, False), (10, 6, True))),
     (GATED_SILU, GatedSiluSpec()),
     *((EMBEDDING, EmbeddingSpec(1000, 147, fmt, "n32.unsigned", factor=2.0)) for fmt in (
         WeightFormat.int4(), WeightFormat.int8(), WeightFormat.blocked(5, 32), WeightFormat.float("float32"),
