@@ -80,11 +80,11 @@ class OpenCLModel(LanguageModel):
         self._sample(logits, token, draws, rows, options, seed, step, held, adjusted)
         return token.read().long()
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
+    def new_cache(self, rows: int, tokens: int) -> KVCache:
         """An empty cache of so many rows and tokens, on the device."""
         c = self.config
         return DeviceKVCache(  # pyright: ignore[reportReturnType]  holds, trims and counts as a KVCache does
-            self.device_step.session, c.num_layers, rows, c.num_kv_heads, c.head_dim, capacity, self.kv
+            self.device_step.session, c.num_layers, rows, c.num_kv_heads, c.head_dim, tokens, self.kv
         )
 
 
