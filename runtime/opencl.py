@@ -126,7 +126,7 @@ class Session:
 
 @functools.cache
 def session(name: str) -> Session:
-    """Return this process's session of a device ("opencl": the first, "opencl:1"). Raises DeviceError without one."""
+    """Return this process's session of a device: "opencl" (the first), "opencl:1". Raises DeviceError."""
     return Session(name)
 
 

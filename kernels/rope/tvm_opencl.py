@@ -34,7 +34,9 @@ def lower(spec: RopeSpec, configuration: Configuration, target: Target) -> list[
     table_kind = f"*float32x{table_width}" if table_width > 1 else "*float32"
     numbers = ("tokens", "position", "table", "heads", "row_st", "first")
     args = [("x", x_kind), ("cos", table_kind), ("sin", table_kind), ("pads", "*int32")]
-    k = d.DeviceKernel("rope", args + [(n, "int32") for n in numbers], int(configuration["lanes"]), in_place=True)
+    k = d.DeviceKernel(
+        "rope", args + [(n, "int32") for n in numbers], int(configuration["lanes"]), in_place=True
+    )
     row = k.group[1]
     sequence = d.let(d.truncated_division(row, k["tokens"]))
     place = k["position"] + (row - sequence * k["tokens"]) - k["pads"][sequence]
