@@ -40,19 +40,19 @@ class Loads:
         self._bound: dict[Any, Any] = {}
         self._lane: Any = None
         self.by_buffer: dict[str, list[Any]] = {}
-        names = {buffer.data: buffer.name for buffer in function.buffer_map.values()}
+        names = {str(parameter.name) for parameter in function.params}
         for node in _nodes(function.body):
             self._visit(node, names)
 
-    def _visit(self, node: Any, names: dict[Any, str]) -> None:
+    def _visit(self, node: Any, names: set[str]) -> None:
         kind = type(node).__name__
         if kind == "AttrStmt" and node.attr_key == "thread_extent" and node.node.thread_tag == "threadIdx.x":
             self._lane = node.node.var
         elif kind in ("Bind", "LetStmt"):
             self._bound[node.var] = node.value
         elif kind == "BufferLoad" and str(node.buffer.dtype).endswith("32x4"):
-            name = names.get(node.buffer.data)
-            if name is not None:
+            name = str(node.buffer.name)
+            if name in names:
                 self.by_buffer.setdefault(name, []).append(node.indices[0])
 
     def run_of(self, name: str, lanes: int, seed: int = 0) -> int:

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from edgeformer.bench import opencl as table
 from edgeformer.compiler.backends.opencl_device import class_target
 from edgeformer.runtime.registry import operators
 
 PROBLEMS = list(table.problems_of_model())
-
-
-@pytest.mark.parametrize(("work_group", "local"), [(64, 16), (256, 32)])
-def test_kernels_keep_to_a_class(work_group: int, local: int) -> None:
-    target = class_target(work_group, local, 64)
-    for label, name, spec in PROBLEMS:
-        for row in table.check(operators()[name], spec, label, target):
-            assert row["problems"] == [], row
 
 
 def test_the_rules_see_what_is_wrong() -> None:
