@@ -17,6 +17,9 @@ from edgeformer.compiler.operator import Form
 from edgeformer.compiler.target import Target
 from edgeformer.kernels.attention import TVM_CPU as ATTENTION
 from edgeformer.kernels.attention import AttentionSpec
+from edgeformer.kernels.attention.append import TVM_CPU as APPEND
+from edgeformer.kernels.attention.append import AppendSpec
+from edgeformer.kernels.attention.append import reference as append
 from edgeformer.kernels.embedding import tvm_cpu as embedding_form
 from edgeformer.kernels.embedding.reference import embedding
 from edgeformer.kernels.embedding.spec import EmbeddingSpec
@@ -34,6 +37,9 @@ from edgeformer.kernels.quant_matmul.reference import quant_matmul as reference
 from edgeformer.kernels.rope import tvm_cpu as rope_form
 from edgeformer.kernels.rope.reference import rope
 from edgeformer.kernels.rope.spec import RopeSpec
+from edgeformer.kernels.sampling import tvm_cpu as sampling_form
+from edgeformer.kernels.sampling.reference import sample
+from edgeformer.kernels.sampling.spec import SamplingOptions, SamplingSpec
 
 from .attention.conftest import check, make_problem
 
@@ -127,3 +133,35 @@ def test_norm_rope_and_embedding(name: str, built: Any, nan_filled: None) -> Non
         look_up, ids = EmbeddingSpec.of(table), torch.tensor([[76, 0, 5]])
         got = built(embedding_form.FORM, look_up, name)(ids, table)
         assert_close(got, embedding(look_up, ids, table), 1e-5)
+
+
+@targets
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_append(name: str, kv: str, built: Any) -> None:
+    torch.manual_seed(3)
+    spec = AppendSpec(48, 16, "float32", kv)
+    call = built(APPEND, spec, name)
+    for batch, tokens, position in ((1, 1, 0), (2, 3, 15)):
+        k, v = torch.randn(batch, 2, tokens, 48), torch.randn(batch, 2, tokens, 16)
+        k[0, 0, 0] = 0  # its scale is 0
+        results = []
+        for run in (call, functools.partial(append, spec)):
+            caches = [torch.zeros(batch, 2, 2, 48, 16), torch.zeros(batch, 2, 32, 16)]
+            caches = [cache.to(getattr(torch, kv)) for cache in caches]
+            scales = [torch.full((batch, 2, 32), 9.0) if kv == "int8" else None for _ in range(2)]
+            run(k, v, *caches, *scales, position)
+            results.append([*caches, *(s for s in scales if s is not None)])
+        assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
+
+
+@targets
+def test_sampling(name: str, built: Any) -> None:
+    spec = SamplingSpec(1003)
+    call = built(sampling_form.FORM, spec, name)
+    for rows, options in (
+        (1, SamplingOptions()),
+        (3, SamplingOptions(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.3)),
+    ):
+        x = torch.randn(rows, 1003, generator=torch.Generator().manual_seed(4)) * 3
+        previous = torch.randint(-1, 1003, (rows, 9))
+        assert torch.equal(call(x, options, previous, 7, 1), sample(spec, x, options, previous, 7, 1))
