@@ -76,9 +76,13 @@ class OnnxRuntimeRunner:
         folder = str(self.path.resolve().parent)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
         self.vocabulary = model.config.vocab_size
-        model.save_pretrained(source)
+        settings = model.config.to_dict()  # what was read from a GGUF cannot be saved as it is
+        settings.pop("quantization_config", None)
+        plain = transformers.AutoModelForCausalLM.from_config(type(model.config).from_dict(settings))
+        plain.float().load_state_dict(model.state_dict())
+        plain.save_pretrained(source)
         transformers.AutoTokenizer.from_pretrained(folder, **file).save_pretrained(source)
-        del model
+        del model, plain
         builder: Any = importlib.import_module("onnxruntime_genai.models.builder")
         builder.create_model(
             model_name=None, input_path=str(source), output_dir=str(built), precision="int4",
