@@ -118,7 +118,7 @@ class ModelRun:
             raise MeasurementError(f"--strict: {'; '.join(warnings)}")
 
     def _measure_limits(self) -> None:
-        limits = measure_limits(self.threads)
+        limits = measure_limits(self.threads, target=self.options.target)
         self.limits = limits if self.limits is None else self.limits.best(limits)
 
     # The parts of a run. Each returns what the journal keeps.

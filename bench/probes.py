@@ -45,12 +45,18 @@ class Limits:
         )
 
 
-def measure_limits(threads: int, probe_bytes: int | None = None, repeats: int = REPEATS) -> Limits:
-    """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops."""
+def measure_limits(
+    threads: int, probe_bytes: int | None = None, repeats: int = REPEATS, target: str = "auto"
+) -> Limits:
+    """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops.
+
+    The loops use the instructions of `target` where it is a CPU of this host's kind; "auto" is what is in use.
+    """
     import torch
 
     from ..compiler.errors import BuildError
-    from ..compiler.target import detect
+    from ..compiler.target import Target, detect
+    from ..runtime import dispatch
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
@@ -63,6 +69,9 @@ def measure_limits(threads: int, probe_bytes: int | None = None, repeats: int = 
         "copy_twice": 2 * source.nbytes / _shortest(functools.partial(copy.copy_, source), repeats),
     }
     del source, copy
+    named = None if target == "auto" else Target.parse(target)
+    if named is not None and named.arch == detect().arch:
+        dispatch.use_target(named)
     try:
         probes["read_bandwidth"] = native.read_bandwidth(threads, probe_bytes >> 20)
         for name in ("int8_dot_peak", "float_dot_peak", "matrix_peak"):
@@ -70,6 +79,9 @@ def measure_limits(threads: int, probe_bytes: int | None = None, repeats: int = 
                 probes[name] = found
     except BuildError as error:
         warnings.warn(f"limits are torch's only, the compiled probes were not built: {error}", stacklevel=2)
+    finally:
+        if named is not None:
+            dispatch.use_target(None)
     readers = ("torch_sum", "copy_twice", "read_bandwidth")
     return Limits(
         threads=threads,

@@ -114,7 +114,7 @@ def pretend(
     path = tmp_path / "model.gguf"
     path.write_bytes(b"0" * 1000)
 
-    def limits(threads: int) -> Limits:
+    def limits(threads: int, target: str = "auto") -> Limits:
         log.append("limits")
         return LIMITS
 

@@ -22,6 +22,7 @@ from edgeformer.bench.work import Test, fractions, work_of_file
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.target import detect
 from edgeformer.kernels.shared.isa.table import MATRIX
+from edgeformer.runtime import dispatch
 
 from .conftest import LIMITS, WORK
 
@@ -246,6 +247,13 @@ def test_probes_run():
     assert limits.matrix_peak == limits.probes.get("matrix_peak")
     if "read_bandwidth" in limits.probes:  # the compiled probes were built
         assert (limits.matrix_peak is not None) == (detect().isa in MATRIX)
+
+
+@pytest.mark.skipif("avx2" not in detect().features, reason="needs AVX2")
+def test_limits_are_those_of_the_target_not_of_the_host():
+    limits = probes.measure_limits(threads=1, probe_bytes=1 << 20, repeats=1, target="x86-64-v3")
+    assert limits.matrix_peak is None
+    assert dispatch.current_target() == detect()
 
 
 @pytest.mark.parametrize(
