@@ -50,7 +50,7 @@ def measure_limits(
 ) -> Limits:
     """Run every probe on `threads` threads: our read loop, torch.sum, a copy counted twice, dot loops.
 
-    The loops use the instructions of `target` where it is a CPU of this host's kind; "auto" is what is in use.
+    The loops use the instructions of `target` where it is a CPU of this host's kind; "auto": what is in use.
     """
     import torch
 

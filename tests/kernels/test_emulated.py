@@ -149,7 +149,7 @@ def test_append(name: str, kv: str, built: Any) -> None:
             caches = [torch.zeros(batch, 2, 2, 48, 16), torch.zeros(batch, 2, 32, 16)]
             caches = [cache.to(getattr(torch, kv)) for cache in caches]
             scales = [torch.full((batch, 2, 32), 9.0) if kv == "int8" else None for _ in range(2)]
-            run(k, v, *caches, *scales, position)
+            run(k, v, caches[0], caches[1], scales[0], scales[1], position)
             results.append([*caches, *(s for s in scales if s is not None)])
         assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
 
