@@ -1,9 +1,8 @@
 """Every OpenCL kernel for every class of device, none needed: `make opencl-table`.
 
 A class is a largest work-group (64, 128, 256), a local memory (16, 32 KiB) and a subgroup (8 to 64). For
-each, the source is generated and held to the rules: work-group and local memory within the class, no array in
-private memory, and in every stream (weights, keys, values, rows) neighbours read 16-byte vectors side by
-side, at least a cache line of them (8 vectors). The same schedules are generated as Metal and WebGPU source.
+each, the source is generated and held to the rules: work-group and local memory within the class, whole
+subgroups, and no array in private memory. The same schedules are generated as Metal and WebGPU source.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ from ..kernels.quant_matmul import QuantMatmulSpec, WeightFormat
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.sampling.spec import SamplingSpec
 from ..runtime.registry import operators
-from .device_loads import Loads
 
-STREAMS = ("w", "k", "v", "x", "gate", "up", "k_in", "v_in")
-_LINE = 8  # vectors of 16 bytes in a cache line of 128
 _FORMATS = {
     "int4": WeightFormat.int4(),
     "int8": WeightFormat.int8(),
@@ -76,29 +72,19 @@ def check(operator: Operator, spec: Any, label: str, target: Target) -> list[dic
     rows = []
     for function in functions:
         found = facts[str(function.attrs["global_symbol"])]
-        loads = Loads(function)
-        runs = {n: loads.run_of(n, found.work_group) for n in STREAMS if _is_stream(operator.name, n, loads)}
         row = {
             **base,
             "kernel": found.name,
             "work_group": found.work_group,
             "local_bytes": found.local_bytes,
             "private_arrays": found.private_arrays,
-            "runs": runs,
         }
         rows.append({**row, "problems": broken(row, target)})
     return rows
 
 
-def _is_stream(name: str, buffer: str, loads: Loads) -> bool:
-    """Whether a buffer is streamed: x of a product is not, a few work-items share each of its vectors."""
-    if name in ("quant_matmul", "embedding"):
-        return buffer == "w" and name == "quant_matmul"
-    return buffer in loads.by_buffer
-
-
 def broken(row: dict[str, Any], target: Target) -> list[str]:
-    """Return which rules a kernel breaks, for each size of subgroup."""
+    """Return which rules a kernel breaks."""
     work_group, local, _ = class_of(target)
     wrong = []
     if row["work_group"] > work_group:
@@ -107,9 +93,6 @@ def broken(row: dict[str, Any], target: Target) -> list[str]:
         wrong.append(f"{row['local_bytes']} bytes of local memory")
     if row["private_arrays"]:
         wrong.append(f"{row['private_arrays']} arrays in private memory")
-    for name, run in row["runs"].items():
-        if 0 < run < _LINE:
-            wrong.append(f"neighbours read only {run} vectors of {name} side by side")
     if row["work_group"] % SUBGROUPS[-1]:
         wrong.append("a work-group that is not whole subgroups")
     return wrong
@@ -129,16 +112,14 @@ def languages(functions: list[Any]) -> dict[str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the figures as Markdown, one line a kernel and (work-group, local memory)."""
-    lines = ["| operator | problem | kernel | class | work-group | local bytes | private arrays | "
-             "vectors side by side |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| operator | problem | kernel | class | work-group | local bytes | private arrays |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         cells = [row["operator"], row["problem"], row["kernel"], row["target"].rsplit(".", 1)[0]]
         if "work_group" not in row:
-            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | | |")
+            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | |")
             continue
-        runs = ", ".join(f"{n} {r or 'shared'}" for n, r in row["runs"].items())
-        figures = [row["work_group"], row["local_bytes"], row["private_arrays"], runs or "-"]
+        figures = [row["work_group"], row["local_bytes"], row["private_arrays"]]
         lines.append(f"| {' | '.join(map(str, [*cells, *figures]))} |")
     return "\n".join(lines) + "\n"
 
