@@ -2,7 +2,8 @@
 
 A class is a largest work-group (64, 128, 256), a local memory (16, 32 KiB) and a subgroup (8 to 64). For
 each, the source is generated and held to the rules: work-group and local memory within the class, whole
-subgroups, and no array in private memory. The same schedules are generated as Metal and WebGPU source.
+subgroups, no array in private memory, and neighbours that read neighbouring vectors of 16 bytes where most of
+the bytes come from (weights, keys, values). The same schedules are generated as Metal and WebGPU source.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from ..kernels.quant_matmul import QuantMatmulSpec, WeightFormat
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.sampling.spec import SamplingSpec
 from ..runtime.registry import operators
+from .opencl_loads import neighbours
+
+IN_A_ROW = 8  # vectors of 16 bytes: 128 bytes, a line of a GPU's memory
+DOMINANT = {"quant_matmul": ("w",), "attention": ("k", "v")}  # the buffers that most bytes come from
 
 _FORMATS = {
     "int4": WeightFormat.int4(),
@@ -66,7 +71,9 @@ def check(operator: Operator, spec: Any, label: str, target: Target) -> list[dic
         return [{**base, "kernel": "", "problems": [answer.reason]}]
     try:
         functions = form.lower(spec, form.space(spec, target)[0], target) if form.lower else []
-        facts = {f.name: f for f in tvm_opencl.inspect(tvm_opencl.generate(functions))}
+        source = tvm_opencl.generate(functions)
+        facts = {f.name: f for f in tvm_opencl.inspect(source)}
+        runs = neighbours(source, SUBGROUPS[-1])
     except BuildError as error:
         return [{**base, "kernel": "", "problems": [str(error)]}]
     rows = []
@@ -78,6 +85,9 @@ def check(operator: Operator, spec: Any, label: str, target: Target) -> list[dic
             "work_group": found.work_group,
             "local_bytes": found.local_bytes,
             "private_arrays": found.private_arrays,
+            "in_a_row": {
+                buffer: runs.get((found.name, buffer), 0) for buffer in DOMINANT.get(operator.name, ())
+            },
         }
         rows.append({**row, "problems": broken(row, target)})
     return rows
@@ -93,6 +103,9 @@ def broken(row: dict[str, Any], target: Target) -> list[str]:
         wrong.append(f"{row['local_bytes']} bytes of local memory")
     if row["private_arrays"]:
         wrong.append(f"{row['private_arrays']} arrays in private memory")
+    for buffer, run in row["in_a_row"].items():
+        if run < IN_A_ROW:
+            wrong.append(f"{run} neighbours that read {buffer} in a row")
     if row["work_group"] % SUBGROUPS[-1]:
         wrong.append("a work-group that is not whole subgroups")
     return wrong
@@ -112,14 +125,17 @@ def languages(functions: list[Any]) -> dict[str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the figures as Markdown, one line a kernel and (work-group, local memory)."""
-    lines = ["| operator | problem | kernel | class | work-group | local bytes | private arrays |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| operator | problem | kernel | class | work-group | local bytes | private arrays | in a row |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [row["operator"], row["problem"], row["kernel"], row["target"].rsplit(".", 1)[0]]
         if "work_group" not in row:
-            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | |")
+            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | | |")
             continue
-        figures = [row["work_group"], row["local_bytes"], row["private_arrays"]]
+        in_a_row = ", ".join(f"{buffer} {run}" for buffer, run in row["in_a_row"].items())
+        figures = [row["work_group"], row["local_bytes"], row["private_arrays"], in_a_row]
         lines.append(f"| {' | '.join(map(str, [*cells, *figures]))} |")
     return "\n".join(lines) + "\n"
 
@@ -157,7 +173,8 @@ def main() -> None:
             print(f"  {' '.join(key)}: {reason}")
     if options.table:
         head = f"{tvm_opencl.versions()}; written by `make opencl-table`. "
-        head += "Subgroups of 8 to 64 run the same code.\n\n"
+        head += "Subgroups of 8 to 64 run the same code.\n"
+        head += "In a row: how many of 64 neighbours read 16 bytes that lie one behind the other.\n\n"
         options.table.write_text(head + table(rows))
     sys.exit(any(row["problems"] for row in rows))
 

@@ -1,10 +1,13 @@
-"""Every kernel for classes of devices: within their limits, no private arrays."""
+"""Every kernel for classes of devices: within limits, no private arrays, neighbours read neighbours."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from edgeformer.bench import opencl as table
+from edgeformer.bench.opencl_loads import neighbours
 from edgeformer.compiler.backends.opencl_device import class_target
 from edgeformer.runtime.registry import operators
 
@@ -20,9 +23,36 @@ def test_kernels_keep_to_the_smallest_class() -> None:
 
 def test_the_rules_see_what_is_wrong() -> None:
     target = class_target(64, 16, 8)
-    row: dict[str, Any] = {"work_group": 100, "local_bytes": 1 << 15, "private_arrays": 2}
-    assert len(table.broken(row, target)) == 4
-    assert table.broken({"work_group": 64, "local_bytes": 0, "private_arrays": 0}, target) == []
+    row: dict[str, Any] = {
+        "work_group": 100,
+        "local_bytes": 1 << 15,
+        "private_arrays": 2,
+        "in_a_row": {"w": 1},
+    }
+    assert len(table.broken(row, target)) == 5
+    good = {"work_group": 64, "local_bytes": 0, "private_arrays": 0, "in_a_row": {"k": 8}}
+    assert table.broken(good, target) == []
+
+
+KERNEL = """
+__kernel void f_kernel(__global uint4* restrict a_ptr, __global float4* restrict b_ptr, int n, int one) {
+  int v = ((convert_int(get_local_id(0))) & 31);
+  for (int v_1 = 0; v_1 < n; ++v_1) {
+    int v_2 = (((convert_int(get_local_id(0))) >> 5) * 40);
+    uint4 v_3 = a_ptr[((v_1 * 80) + (v_2 + v))];
+    float4 v_4 = b_ptr[(v * STRIDE)];
+    float4 v_5 = b_ptr[(v_1 / n)];
+    b_ptr[(v * 7)] = v_4;
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(("stride", "run"), [(1, 32), (2, 1)])
+def test_addresses_are_worked_out(stride: int, run: int) -> None:
+    found = neighbours(KERNEL.replace("STRIDE", str(stride)), 64)
+    assert found == {("f", "a"): 32, ("f", "b"): run}
+    assert neighbours(KERNEL.replace("STRIDE", str(stride)), 16) == {("f", "a"): 16, ("f", "b"): min(run, 16)}
 
 
 def test_metal_and_webgpu_source() -> None:
