@@ -148,7 +148,7 @@ def test_a_form_that_declines_raises_and_an_automatic_choice_reports() -> None:
     x = torch.randn(2, K)
     with pytest.raises(DeclinedError, match="tvm_cpu: 8-bit weights with a stored zero"):
         ops.quant_matmul(x, packed, form="tvm_cpu")
-    with pytest.raises(DeclinedError, match="no such form; forms: tvm_cpu, reference"):
+    with pytest.raises(DeclinedError, match="no such form; forms: tvm_cpu, .*reference"):
         ops.quant_matmul(x, packed, form="nonsense")
     assert torch.equal(ops.quant_matmul(x, packed), ops.quant_matmul(x, packed, form="reference"))
     mine = [
