@@ -105,13 +105,13 @@ def _speed(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:,.0f} ± {row['spread']:,.0f}"
 
 
-def replaced(text: str, made: str) -> str:
-    """Return a README with the section between the markers. Raises FormatError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise FormatError(f"the README has no markers {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+def replaced(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return a file with the section between the markers. Raises FormatError where they are missing."""
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise FormatError(f"the file has no markers {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 def main(

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from ..compiler.devices import Cores, Device, known_devices
-from ..compiler.errors import FormatError
+from . import readme
 from .table import markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = readme.ROOT
 BEGIN = "<!-- devices: made by `python -m edgeformer.bench.readme_devices`; do not edit -->"
 END = "<!-- devices: end -->"
 HEAD = ["device", "CPU", "caches", "GPU", "memory", "back ends, in order", "shown"]
@@ -56,12 +56,8 @@ def _size(count: int) -> str:
 
 
 def replaced(text: str, made: str) -> str:
-    """Return a file with the section between the markers. Raises FormatError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise FormatError(f"the file has no markers {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+    """Return a file with the table between its markers. Raises FormatError where they are missing."""
+    return readme.replaced(text, made, BEGIN, END)
 
 
 def main(
