@@ -52,6 +52,10 @@ def write(path: Path, model: Any, arch: str, *, drop: tuple[str, ...] = (), toke
         keys["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
     if arch == "phi3":
         keys["rope.scaling.original_context_length"] = c.original_max_position_embeddings
+    if (
+        tokens and full["rope_type"] == "longrope"
+    ):  # llama.cpp's converter writes it, its reader has 1 without
+        keys["rope.scaling.attn_factor"] = float(model.model.rotary_emb.attention_scaling)
     for key, value in keys.items():
         if key not in drop:
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
