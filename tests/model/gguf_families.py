@@ -52,9 +52,7 @@ def write(path: Path, model: Any, arch: str, *, drop: tuple[str, ...] = (), toke
         keys["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
     if arch == "phi3":
         keys["rope.scaling.original_context_length"] = c.original_max_position_embeddings
-    if (
-        tokens and full["rope_type"] == "longrope"
-    ):  # llama.cpp's converter writes it, its reader has 1 without
+    if tokens and full["rope_type"] == "longrope":  # as llama.cpp's converter does
         keys["rope.scaling.attn_factor"] = float(model.model.rotary_emb.attention_scaling)
     for key, value in keys.items():
         if key not in drop:
