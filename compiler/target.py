@@ -128,7 +128,8 @@ class Target:
         if name not in known:
             if (found := _of_device(name)) is not None:
                 return found
-            close = difflib.get_close_matches(name, [*known, *_device_names(), "auto"], n=3)
+            names = sorted({*known, *_device_names(), "auto"})  # some targets are named as their device
+            close = difflib.get_close_matches(name, names, n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise TargetError(f"Unknown target {name!r}.{hint} `edgeformer targets` lists all names.")
         return known[name]
