@@ -8,7 +8,7 @@ from ...compiler.operator import Declined, Form, Sizes, Tuning
 from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..quant_matmul.space import prefetch_values
+from ..quant_matmul.space import prefetch_axes, prefetch_constraints
 from ..shared.isa.table import MATRIX, TABLE
 from .spec import (
     LAYER_CACHES,
@@ -50,24 +50,19 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
     small, large = tiles[0][0], tuple(dict.fromkeys(rows for _, rows in tiles))
     attention = attention_space(spec.attention(), target)
     kv = {axis.name: axis.values for axis in attention.axes}
-    distances, places = prefetch_values(target)
     decode, prefill = (DECODE,), (PREFILL,)
     axes = (
         Axis("small_rows", (small,)),  # the arena's layout depends on it
         Axis("chunk", kv["chunk"], decode),
         Axis("kv_prefetch", kv["prefetch"], decode),
-        Axis("prefetch", distances, decode),
-        Axis("prefetch_locality", places, decode),
+        *prefetch_axes(target, decode),
         Axis("large_rows", large, prefill if spec.activation != "bfloat16" else ("none",)),
         Axis("block_q", kv["block_q"], prefill),
         Axis("block_k", kv["block_k"], prefill),
         Axis("threads", _thread_counts(target.cores)),
     )
     constraints = (
-        Constraint(
-            "without prefetch there is no place to put it",
-            lambda c: bool(c["prefetch"]) or c["prefetch_locality"] == places[0],
-        ),
+        *prefetch_constraints(target),
         *(
             Constraint(constraint.name, lambda c, holds=constraint.holds: holds(c))
             for constraint in attention.constraints

@@ -13,18 +13,31 @@ from ..shared.tir import T
 from .packing import BLOCK, Geometry
 from .spec import QuantMatmulSpec
 
+_L1 = 3  # llvm.prefetch's locality
+
 
 @dataclass(frozen=True)
 class Prefetch:
-    """How far ahead weights are asked for, in bytes (0: not at all), and how near the core (3: L1, 1: L2)."""
+    """How far ahead weights are asked for, in bytes (0: not at all), and how near the core (3: L1, 1: L2).
+
+    `near` is how far ahead lines that wait in L2 are asked into L1 as well (0: never).
+    """
 
     distance: int = 0
     locality: int = 3
+    near: int = 0
 
     @staticmethod
     def of(configuration: Mapping[str, Any]) -> Prefetch:
         """Return what a configuration says."""
-        return Prefetch(int(configuration["prefetch"]), int(configuration["prefetch_locality"]))
+        names = ("prefetch", "prefetch_locality", "prefetch_near")
+        return Prefetch(*(int(configuration[name]) for name in names))
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """Distance and place of each prefetch of a line, the farthest first."""
+        far = [(self.distance, self.locality)] if self.distance else []
+        return far + ([(self.near, _L1)] if self.near else [])
 
 
 @dataclass
@@ -37,6 +50,8 @@ class Stream:
     at: Any
     # Factors of the block of inputs at hand, by vector and whether they are the minima's.
     _held: dict[tuple[int, bool], Any] = field(init=False, default_factory=dict)
+    # Prefetches of the group at hand that are still to be emitted: address and place.
+    _ahead: list[tuple[Any, int]] = field(init=False, default_factory=list)
 
     @staticmethod
     def views_of(spec: QuantMatmulSpec, address: Any) -> dict[str, Any]:
@@ -55,15 +70,16 @@ class Stream:
 
     @contextlib.contextmanager
     def each_group(self, ahead: Prefetch, vectors: Sequence[int]) -> Iterator[Any]:
-        """Emit a loop over the groups of a row, with prefetches.
+        """Emit a loop over the groups of a row, with prefetches: those that `prefetch_some` left come last.
 
         The factors of a block's scales stay in registers for these vectors.
         """
         g = self.geometry
         if not self.spec.weight.block_size:
             with tir.loop(g.groups) as group:
-                self.prefetch_group(group, ahead)
+                self._ahead = self._lines_ahead(group, ahead)
                 yield group
+                self.prefetch_some(1)
             return
         kinds = (False, True) if g.zero_bytes else (False,)
         held = {(v, kind): tir.Register("float32", self.isa.lanes) for v in vectors for kind in kinds}
@@ -73,8 +89,9 @@ class Stream:
             self._held = held
             with tir.loop(g.per_block) as inside:
                 group = tir.let(block * g.per_block + inside)
-                self.prefetch_group(group, ahead)
+                self._ahead = self._lines_ahead(group, ahead)
                 yield group
+                self.prefetch_some(1)
             self._held = {}
 
     def raw(self, group: Any, step: Any, vector: Any) -> list[Any]:
@@ -139,12 +156,28 @@ class Stream:
         at = (self.at + self.geometry.factors_at(block, minimum)) // 2 + vector * self.isa.lanes
         return tir.to_f32(self.views["factor"], at, self.isa.lanes)
 
-    def prefetch_group(self, group: Any, ahead: Prefetch) -> None:
-        """Emit prefetches of the lines that lie so far ahead of one group's."""
-        if ahead.distance:
-            for line in range(0, self.geometry.group_bytes, 64):
-                at = self.at + group * self.geometry.group_bytes + line + ahead.distance
-                tir.prefetch(self.views["u8"], at, ahead.locality)
+    def prefetch_some(self, parts: int) -> None:
+        """Emit one of `parts` equal parts of the group's prefetches that are left.
+
+        In a burst they take all of L1's outstanding lines, and the loads behind them wait.
+        """
+        now = -(-len(self._ahead) // parts)
+        for at, place in self._ahead[:now]:
+            tir.prefetch(self.views["u8"], at, place)
+        self._ahead = self._ahead[now:]
+
+    def _lines_ahead(self, group: Any, ahead: Prefetch) -> list[tuple[Any, int]]:
+        """Return the lines that lie so far ahead of one group's."""
+        size = self.geometry.group_bytes
+        return [
+            (self._ahead_at(group * size + line + distance), place)
+            for line in range(0, size, 64)
+            for distance, place in ahead.levels
+        ]
+
+    def _ahead_at(self, offset: Any) -> Any:
+        """Return what is read when a block's bytes have been read up to `offset`: what lies there."""
+        return self.at + offset
 
 
 def group_values(stream: Stream, group: Any, vector: Any) -> tuple[Any, Any]:

@@ -88,6 +88,10 @@ def int_tile(
     while steps % chunk:
         chunk -= 1
 
+    def in_line(count: int) -> bool:
+        """Whether the code of so many steps is emitted once for each, without a loop."""
+        return rows * vectors <= _STRAIGHT or count == 1
+
     tile.clear()
     with stream.each_group(prefetch, [first_vector + v for v in range(vectors)]) as group:
         entries = tir.let(act.row0 * g.groups + group * rows)  # scales lie as [row tiles][groups][rows]
@@ -126,6 +130,9 @@ def int_tile(
                 for line in range(0, vectors * lanes * 4, 64):
                     tir.prefetch(panel["u8"], at + line + PANEL_AHEAD)
             for d, codes in enumerate(operands):
+                if straight:
+                    left = steps * dots_per_step - (step * dots_per_step + d)
+                    stream.prefetch_some(left)
                 if narrow and d and d % burst == 0:
                     flush()
                     begin()
@@ -144,7 +151,7 @@ def int_tile(
                         acc[r][v].set(_dot(isa, acc[r][v].get(), code, a, signed, pairs))
 
         def run(count: int, first: Any) -> None:
-            if rows * vectors <= _STRAIGHT or count == 1:
+            if in_line(count):
                 for s in range(count):
                     one_step(first + s)
                 return
@@ -168,6 +175,10 @@ def int_tile(
             with tir.loop(one * ((count - peeled) // peeled)) as s:
                 for i in range(peeled):
                     one_step(tir.let(first + peeled + s * peeled + i))
+
+        straight = not wide and in_line(steps)
+        if not straight:
+            stream.prefetch_some(1)
 
         def begin() -> None:
             for r in range(rows):

@@ -47,15 +47,9 @@ class _BlockStream(Stream):
 
     following: Any = None
 
-    def prefetch_group(self, group: Any, ahead: Prefetch) -> None:
-        if not ahead.distance:
-            return
-        size = self.geometry.block_bytes
-        for line in range(0, self.geometry.group_bytes, 64):
-            offset = tir.let(group * self.geometry.group_bytes + line + ahead.distance)
-            inside = offset < size
-            at = T.Select(inside, self.at + offset, self.following + (offset - size))
-            tir.prefetch(self.views["u8"], at, ahead.locality)
+    def _ahead_at(self, offset: Any) -> Any:
+        past = offset - self.geometry.block_bytes
+        return T.Select(past < 0, self.at + offset, self.following + past)
 
 
 @dataclass
