@@ -27,6 +27,8 @@ def bind(
     small, large, switch = (int(configuration[n]) for n in ("small_rows", "large_rows", "gemm_from"))
     if uses_matrix(spec):
         small = large = 2 * TILE
+    wide_rows = 0 if uses_matrix(spec) else int(configuration["wide_rows"])
+    wide = library.function("wide") if wide_rows else None
     isa = str(configuration.get("isa") or target.isa)
     groups = spec.weight.groups(spec.k) if is_integer(spec) else 0
     k_padded, panel, code_size = padded_k(spec), panel_bytes(spec, isa), element_bytes(spec, isa)
@@ -42,6 +44,8 @@ def bind(
         threads = torch.get_num_threads()
         if gemv is not None and m == 1:
             function, padded = gemv, 1
+        elif wide is not None and small < m < switch:
+            function, padded = wide, -(-m // wide_rows) * wide_rows
         elif rows is not None and m < switch:
             function, padded = rows, -(-m // small) * small
         else:

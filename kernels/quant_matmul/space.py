@@ -6,6 +6,7 @@ from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..shared.isa.table import TABLE
 from .packing import BLOCK
+from .sizes import is_integer
 from .spec import QuantMatmulSpec
 from .weight_format import WeightFormat
 
@@ -17,6 +18,9 @@ _DISTANCES_AMX = (16384, 8192, 4096, 2048, 32768, 0)
 # loop, where 16 KB into L2 in a burst reach 0.87.
 _NEAR, _NEAR_AMX = (0, 2048), (4096, 0, 2048)
 _L1, _L2, _PAST = 3, 1, 0  # llvm.prefetch's localities
+# Rows of a second tile, for more rows than the small one has (0: none): it unpacks each weight once for 8
+# rows, not twice for 4. On Emerald Rapids it takes 0.75 to 0.89 of the time.
+_WIDE_ROWS = (8, 0)
 _GEMM_FROM = (16, 8, 32)
 GEMV, FEW, MANY = "gemv", "few", "many"  # phases: one row, fewer rows than any switch to panels, more
 
@@ -40,8 +44,10 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
     vectors = BLOCK // entry.lanes
     small, large = (tuple(dict.fromkeys(rows)) for rows in zip(*entry.tiles))
     ahead = prefetch_axes(target, (GEMV, FEW))
+    wide = _WIDE_ROWS if is_integer(spec) and entry.registers > 16 and entry.lanes > 8 else (0,)
     axes = (
         Axis("small_rows", small, (FEW,)),
+        Axis("wide_rows", wide, (FEW,)),
         Axis("large_rows", large, (FEW, MANY) if spec.activation != "bfloat16" else ("none",)),
         *ahead,
         Axis("gemm_from", _GEMM_FROM, (FEW,)),
@@ -52,7 +58,11 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
             (FEW, MANY) if spec.activation != "bfloat16" else ("none",),
         ),
     )
-    return Space(axes, prefetch_constraints(target))
+    wider = Constraint(
+        "a wider tile takes what is more than the small one's rows",
+        lambda c: not c["wide_rows"] or c["wide_rows"] > c["small_rows"],
+    )
+    return Space(axes, (wider, *prefetch_constraints(target)))
 
 
 def prefetch_axes(target: Target, phases: tuple[str, ...]) -> tuple[Axis, ...]:

@@ -40,8 +40,8 @@ def family(spec: QuantMatmulSpec, target: Target) -> tuple[str, dict[str, int]]:
 
 
 def functions(spec: QuantMatmulSpec, which: str) -> tuple[str, ...]:
-    """Return the native functions that a phase may call."""
-    return {GEMV: ("gemv",), FEW: ("rows", "gemm"), MANY: ("gemm",)}[which]
+    """Return the native functions that a phase may call, where the configuration has them."""
+    return {GEMV: ("gemv",), FEW: ("rows", "wide", "gemm"), MANY: ("gemm",)}[which]
 
 
 def check(spec: QuantMatmulSpec, sizes: Sizes, target: Target, call: Callable[..., Any], seed: int) -> str:

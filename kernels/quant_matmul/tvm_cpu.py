@@ -31,7 +31,7 @@ from .tvm_cpu_tiles import (
 
 
 def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
-    """Return the PrimFuncs of this problem: gemv, rows and gemm; on a matrix unit gemm alone."""
+    """Return the PrimFuncs of this problem: gemv, rows, wide and gemm; on a matrix unit gemm alone."""
     isa = by_name(str(configuration.get("isa") or target.isa))
     large = many_rows(spec, configuration)
     if spec.activation == "bfloat16":
@@ -39,9 +39,11 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
     prefetch = Prefetch.of(configuration)
     most = BLOCK // isa.lanes
     single, tile = (min(int(configuration[name]), most) for name in ("gemv_vectors", "tile_vectors"))
+    wide = int(configuration["wide_rows"])
     return [
         _direct("gemv", isa, spec, 1, single, prefetch),
         _direct("rows", isa, spec, int(configuration["small_rows"]), tile, prefetch),
+        *([_direct("wide", isa, spec, wide, tile, prefetch)] if wide else []),
         _many("gemm", isa, spec, large, tile),
     ]
 
