@@ -67,19 +67,20 @@ types: $(DEV_READY)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(DEMO_READY) $(PEER_READY)
-	$(BIN)/edgeformer bench model "$(MODEL)" $(BENCH_ARGS)
+	$(BIN)/edgeformer bench suite "$(MODEL)" $(BENCH_ARGS)
 
 # The README's benchmark section and its plots, from the reviewed results in bench/results.
 readme-bench: $(DEV_READY)
 	$(BIN)/python -m edgeformer.bench.readme
 
-# llama.cpp's own llama-bench, from the very source package of the peer llama-cpp-python, to check our figures
-# of it by hand (compiling takes minutes). Prints its table for the demo's model.
+# llama.cpp's own llama-bench, from the very source package of the peer llama-cpp-python and with its flags
+# (compiling takes minutes); prints our figures of llama.cpp beside its own for the demo's model.
 LLAMA_BENCH := $(VENV)/llama-bench
 LLAMA_VERSION := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
 
-llama-bench: $(LLAMA_BENCH)/build/bin/llama-bench
-	$(LLAMA_BENCH)/build/bin/llama-bench -m "$(MODEL)" -t "$$(nproc)" $(LLAMA_BENCH_ARGS)
+llama-bench: $(LLAMA_BENCH)/build/bin/llama-bench $(PEER_READY)
+	$(BIN)/python -m edgeformer.bench.peer_check "$(MODEL)" \
+		--llama-bench $(LLAMA_BENCH)/build/bin/llama-bench $(LLAMA_BENCH_ARGS)
 
 $(LLAMA_BENCH)/build/bin/llama-bench: | $(DEMO_READY)
 	mkdir -p $(LLAMA_BENCH)/source

@@ -37,7 +37,10 @@ def bench_model(
     prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt tokens, comma list.")] = "512",
     generate: Annotated[str, typer.Option("-n", "--n-gen", help="Tokens to generate, comma list.")] = "128",
     depth: Annotated[str, typer.Option("-d", "--n-depth", help="Tokens in the cache before.")] = "0",
-    repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    repeats: Annotated[
+        int | None, typer.Option("-r", "--repetitions", min=1, help="Default: until ratios are known well.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Without -r: of an engine and test.")] = 20.0,
     threads: ThreadList = "",
     batch: Annotated[str, typer.Option("-b", "--batch", help="Sequences side by side, for decode.")] = "1",
     output: OutputForm = Output.md,
@@ -71,6 +74,7 @@ def bench_model(
     settings = Options(
         prompt=numbers(prompt, "-p"), generate=numbers(generate, "-n"), depth=numbers(depth, "-d"),
         batch=numbers(batch, "-b", least=1), threads=numbers(threads, "-t", least=1), repeats=repeats,
+        seconds=seconds,
         target=target, kv=kv.value, activation=activation.value, quantize=value(quantize),
         whole_step=not op_by_op,
         peers=names(peers), scenarios=names(scenarios), queries=queries, ttft=ttft,
@@ -155,6 +159,9 @@ def bench_compare(
 
 @bench_app.command("ops")
 def bench_ops_command(
+    everything: Annotated[
+        bool, typer.Option("--all", help="All models, 1 to 4,096 tokens at once, contexts to 32k: hours.")
+    ] = False,
     operators: Annotated[str, typer.Option(help="A comma list; default: all.")] = "",
     shapes: Annotated[str, typer.Option(help="Models whose shapes to take, a comma list, or all.")] = "",
     rows: Annotated[str, typer.Option("-m", "--rows", help="Tokens at once, a comma list.")] = "",
@@ -166,6 +173,7 @@ def bench_ops_command(
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1)] = None,
     output: OutputForm = Output.md,
     strict: Strict = False,
+    resume: Resume = False,
 ) -> None:
     """Measure single kernels on shapes of real models, beside their limits and beside PyTorch."""
     from .bench.op_cases import shapes as known
@@ -177,11 +185,35 @@ def bench_ops_command(
         "rows": numbers(rows, "--rows", least=1), "contexts": numbers(context, "--context", least=1),
         "formats": names(formats), "forms": names(forms),
     }  # fmt: skip
-    options = OpsOptions(
+    make = OpsOptions.everything if everything else OpsOptions
+    options = make(
         **{k: v for k, v in given.items() if v},
         target=target,
         repeats=repeats,
         threads=threads,
         strict=strict,
+        resume=resume,
     )
     typer.echo(render_ops(bench_ops(options, progress), output.value))
+
+
+@bench_app.command("suite")
+def bench_suite(
+    model: ModelPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where rows and page go.")] = Path(
+        "bench-out"
+    ),
+    peers: Annotated[str, typer.Option(help="A comma list.")] = "llama.cpp,openvino",
+    everything: Annotated[bool, typer.Option("--all", help="Of the kernels all shapes: hours.")] = False,
+    strict: Strict = False,
+    resume: Resume = False,
+) -> None:
+    """Measure the default suite, a quarter of an hour: a model beside its peers, single kernels, one page."""
+    from .bench.ops import OpsOptions
+    from .bench.options import Options
+    from .bench.suite import suite
+
+    ops = (OpsOptions.everything if everything else OpsOptions)(strict=strict, resume=resume)
+    settings = Options(peers=names(peers), strict=strict, resume=resume)
+    for path in suite(model, settings, ops, output, progress):
+        typer.echo(path)

@@ -100,6 +100,34 @@ def fixed_probe(threads: int, repeats: int = 5) -> dict[str, float]:
     return {"compute": statistics.median(compute), "memory": statistics.median(memory)}
 
 
+PAIR_BYTES = 64 << 20  # beyond any L2; the whole buffer would push the engines' weights out of the L3
+PAIR_SECONDS, PAIR_ROUNDS = 0.04, 20000
+
+
+def pair_probe(threads: int) -> dict[str, float]:
+    """Return the mean speed of the fixed work over a short while, to tell whether the machine has changed."""
+    from ..compiler.errors import BuildError
+    from ..runtime import probes as native
+    from ..runtime.threads import set_threads
+
+    set_threads(threads)
+    part = _memory()[: PAIR_BYTES // 4]
+    found = {"memory": _mean_rate(part.sum, part.nbytes)}
+    with contextlib.suppress(BuildError):
+        call, operations = native.rounds(threads, PAIR_ROUNDS)["float"]
+        found["compute"] = _mean_rate(call, operations)
+    return found
+
+
+def _mean_rate(call: Callable[[], object], amount: float) -> float:
+    call()
+    start, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < PAIR_SECONDS or not count:
+        call()
+        count += 1
+    return count * amount / seconds
+
+
 _kept: list[Any] = []
 
 

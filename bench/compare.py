@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .paired import bounds, medians
 from .result_files import Results
-from .table import as_csv, is_shown, markdown_table, paired_ratio
+from .table import as_csv, is_shown, markdown_table
 
-DRAWS = 4000
-CONFIDENCE = 0.95
 SMALLEST_CHANGE = 0.03  # what two runs of the same commit may differ by
 KEY = ("kind", "model", "test", "engine", "threads")
 
@@ -26,7 +25,9 @@ class Change:
     `low` and `high` bound the ratio of medians (bootstrap over the repeats, 95%). `machine` is the ratio of
     the fixed probes: what the machine itself changed by. `verdict` is "faster", "slower", "same", "unsure"
     (beyond the threshold, but not beyond the spread or what the machine changed), "gone" or "new".
-    `of_limit` is the ratio of the fractions of the machine's limit.
+    `of_limit` is the ratio of the fractions of the machine's limit. `peer` is the engine of the same version
+    that ran in turns with ours in both runs, `of_peer` how our ratio to it changed, with its bounds: a slower
+    machine slows both, so where there is one the verdict is about this figure.
     """
 
     model: str
@@ -41,6 +42,10 @@ class Change:
     machine: float | None
     of_limit: float | None
     verdict: str
+    peer: str = ""
+    of_peer: float | None = None
+    peer_low: float | None = None
+    peer_high: float | None = None
 
     @property
     def regressed(self) -> bool:
@@ -56,17 +61,31 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def compare(base: Results, new: Results, threshold: float = SMALLEST_CHANGE) -> list[Change]:
     """Return a Change for every test of either run, in the base's order.
 
-    A change counts when the whole interval of the ratio lies beyond 1, the median differs by more than the
-    threshold, by more than the two spreads together, and by more than what the fixed probe changed in the
-    same direction. Between two devices nothing counts as a regression: verdicts are still told.
+    Where ours ran in pairs with the same peer in both runs, a change counts when the ratio to the peer has
+    changed by more than the threshold and its whole interval lies beyond 1. Else it counts when the whole
+    interval of the ratio of speeds lies beyond 1, and the medians differ by more than the threshold, by more
+    than the two spreads together, and by more than what the fixed probe changed in the same direction.
+    Between two devices nothing counts as a regression: verdicts are still told.
     """
     old_rows = {key_of(row): row for row in base.rows}
     new_rows = {key_of(row): row for row in new.rows}
     machine = machine_ratio(base, new)
+    before, after = peer_versions(base), peer_versions(new)
+    peers = [name for name, version in before.items() if after.get(name) == version]
     return [
-        _change(old_rows.get(key), new_rows.get(key), machine, threshold)
+        _change(old_rows.get(key), new_rows.get(key), machine, threshold, peers)
         for key in dict.fromkeys([*old_rows, *new_rows])
     ]
+
+
+def peer_versions(results: Results) -> dict[str, str]:
+    """Return the version and the build of each peer of a run."""
+    details = {row["engine"]: row.get("engine_details") or {} for row in results.rows}
+    return {
+        name: f"{found['version']} {found.get('system_info', '')}"
+        for name, found in details.items()
+        if name != "edgeformer" and found.get("version")
+    }
 
 
 def machine_ratio(base: Results, new: Results) -> float | None:
@@ -81,7 +100,9 @@ def machine_ratio(base: Results, new: Results) -> float | None:
     return found[1] / found[0]
 
 
-def _change(old: Row | None, new: Row | None, machine: float | None, threshold: float) -> Change:
+def _change(
+    old: Row | None, new: Row | None, machine: float | None, threshold: float, peers: Sequence[str]
+) -> Change:
     some = old or new
     assert some is not None
     names = (str(some.get("model", "")), some["test"], some["engine"], int(some.get("threads", 0)))
@@ -94,7 +115,23 @@ def _change(old: Row | None, new: Row | None, machine: float | None, threshold: 
     low, high = interval(old, new)
     noise = old["spread"] / before + new["spread"] / after
     verdict = judge(ratio, low, high, noise, machine, threshold)
-    return Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict)
+    beside = _beside(old, new, peers)
+    if beside:
+        verdict = judge(*beside[1:], noise=0.0, machine=None, threshold=threshold)
+    return Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict, *beside)
+
+
+def _beside(old: Row, new: Row, peers: Sequence[str]) -> tuple[str, float, float, float] | tuple[()]:
+    """Return the peer that tells most surely, how our ratio to it changed, and the bounds; () without one."""
+    import numpy as np
+
+    found = []
+    for peer in peers if old["engine"] == "edgeformer" else ():
+        pairs = [(row.get("ratios") or {}).get(peer, {}).get("pairs") for row in (old, new)]
+        if all(pairs):
+            low, high = bounds(medians(pairs[1], seed=1) / medians(pairs[0]))
+            found.append((peer, float(np.median(pairs[1]) / np.median(pairs[0])), low, high))
+    return min(found, key=lambda f: f[3] / f[2], default=())
 
 
 def _limit_ratio(old: Row, new: Row) -> float | None:
@@ -118,30 +155,8 @@ def judge(
 
 def interval(old: Row, new: Row) -> tuple[float, float]:
     """Return the bounds of the ratio of medians: bootstrap of both samples, the same draws every time."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    medians = []
-    for row in (old, new):
-        samples = np.asarray(row.get("samples") or [row["tokens_per_second"]], dtype=float)
-        medians.append(np.median(rng.choice(samples, (DRAWS, len(samples))), axis=1))
-    ratios = medians[1] / medians[0]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def paired_ratios(rows: Sequence[Row], peer: str) -> list[Row]:
-    """Return EdgeFormer's ratio to a peer for each test, paired by repetition: both ran side by side."""
-    found = []
-    theirs = {(*key_of(row)[:3], row.get("threads")): row for row in rows if row["engine"] == peer}
-    for row in rows:
-        other = theirs.get((*key_of(row)[:3], row.get("threads")))
-        if row["engine"] != "edgeformer" or other is None or not (is_shown(row) and is_shown(other)):
-            continue
-        ratio, low, high = paired_ratio(row, other)
-        found.append({"test": row["test"], "model": row["model"], "ratio": ratio, "low": low, "high": high})
-    return found
+    samples = [row.get("samples") or [row["tokens_per_second"]] for row in (old, new)]
+    return bounds(medians(samples[1], seed=1) / medians(samples[0]))
 
 
 def render(base: Results, others: Sequence[Results], threshold: float, form: str) -> tuple[str, bool]:
@@ -173,12 +188,15 @@ def same_device(base: Results, other: Results) -> bool:
 
 
 def _markdown(base: Results, other: Results, changes: Sequence[Change]) -> str:
-    head = ["model", "test", "engine", base.label, other.label, "ratio", "95%", "to the limit", "verdict"]
+    head = ["model", "test", "engine", base.label, other.label, "ratio", "95%", "to the limit",
+            "to a peer", "verdict"]  # fmt: skip
     body = []
     for c in changes:
         body.append([
             c.model, c.test, c.engine, _speed(c.base), _speed(c.new), _ratio(c.ratio),
-            "" if c.low is None else f"{c.low:.2f} to {c.high:.2f}", _ratio(c.of_limit), c.verdict,
+            "" if c.low is None else f"{c.low:.2f} to {c.high:.2f}", _ratio(c.of_limit),
+            f"{c.peer} {_ratio(c.of_peer)} ({c.peer_low:.3f} to {c.peer_high:.3f})" if c.peer else "",
+            c.verdict,
         ])  # fmt: skip
     lines = [markdown_table(head, body, left=3), ""]
     machine = changes[0].machine if changes else None

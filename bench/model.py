@@ -13,7 +13,7 @@ from typing import Any
 from ..compiler.errors import EdgeFormerError, FormatError
 from ..compiler.target import available_cores
 from . import quality, scenarios
-from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe
+from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, pair_probe
 from .child import ChildEngine, EngineError, Shape, cold_start
 from .fleet import OURS, Fleet, Problem
 from .journal import Journal
@@ -21,9 +21,9 @@ from .options import Options
 from .probes import Limits, measure_limits
 from .provenance import commit, fingerprint, new_run_id, now
 from .rows import RunFacts, build_rows, model_size
+from .turns import PAUSE, Rounds, Turns, problem_of
 from .work import Test
 
-PAUSE = 0.05  # seconds between engines: idle threads of one go to sleep before the other starts
 REST = 0.3  # seconds before a probe, which must see the machine and not an engine's spinning threads
 FIRST_TOKENS, COLD_STARTS = 3, 2  # repeats of the time to the first token, at most
 
@@ -124,25 +124,9 @@ class ModelRun:
     # The parts of a run. Each returns what the journal keeps.
 
     def _speed(self, test: Test) -> dict[str, Any]:
-        """Warm every engine up, then let them take turns; the one that begins changes."""
-        self.progress(f"{test.name}: warm-up")
-        found: dict[str, dict[str, Any]] = {}
-        for name in self.fleet.names:
-            settled = self.fleet.attempt(name, lambda engine: engine.prepare(test))
-            found[name] = _failed(settled) if isinstance(settled, Problem) else {"settled": settled}
-            found[name] |= {"seconds": [], "joules": []}
-        for repeat in range(self.options.repeats):
-            self.progress(f"{test.name}: repeat {repeat + 1} of {self.options.repeats}")
-            for name in self._turn(repeat):
-                if "problem" in found[name]:
-                    continue
-                time.sleep(PAUSE)
-                timing = self.fleet.attempt(name, lambda engine: engine.run(test))
-                if isinstance(timing, Problem):
-                    found[name] |= _failed(timing)
-                else:
-                    found[name]["seconds"].append(timing.seconds)
-                    found[name]["joules"].append(timing.joules)
+        """Time a test of every engine, in turns."""
+        turns = Turns(self.fleet, test, lambda: pair_probe(self.threads), self.progress)
+        found = turns.measure(Rounds(self.options.repeats, self.options.seconds * len(self.fleet.names)))
         time.sleep(REST)
         self.check.again()
         self._measure_limits()
@@ -160,23 +144,23 @@ class ModelRun:
             return facts
 
         found = self.fleet.attempt(name, about)
-        return _failed(found) if isinstance(found, Problem) else found
+        return problem_of(found) if isinstance(found, Problem) else found
 
     def _time_to_first_token(self) -> dict[str, Any]:
         """Time a prompt to its first token, in a running engine and in a new process of it."""
         prompt, _ = self.options.query
         found: dict[str, dict[str, Any]] = {name: {"warm": [], "cold": []} for name in self.fleet.names}
-        repeats = min(FIRST_TOKENS, self.options.repeats)
+        repeats = min(FIRST_TOKENS, self.options.repeats or FIRST_TOKENS)
         for repeat in range(repeats + 1):
             self.progress(f"time to first token: repeat {repeat} of {repeats}")
             for name in self._turn(repeat):
                 time.sleep(PAUSE)
                 seconds = self.fleet.attempt(name, lambda engine: engine.query(prompt, 1)[0])
                 if isinstance(seconds, Problem):
-                    found[name] |= _failed(seconds)
+                    found[name] |= problem_of(seconds)
                 elif repeat:  # the first is a warm-up
                     found[name]["warm"].append(seconds)
-        for repeat in range(min(COLD_STARTS, self.options.repeats)):
+        for repeat in range(min(COLD_STARTS, self.options.repeats or COLD_STARTS)):
             for name in self._turn(repeat):
                 self.progress(f"time to first token of a new process: {name}")
                 if "problem" in found[name] or name in self.fleet.problems:
@@ -187,7 +171,7 @@ class ModelRun:
                         lambda name=name, shape=shape: self.fleet.open(name, shape), prompt
                     )
                 except EngineError as error:
-                    found[name] |= _failed(Problem(error.status, str(error)))
+                    found[name] |= problem_of(Problem(error.status, str(error)))
                     continue
                 found[name]["cold"].append(seconds)
                 found[name]["peak_memory"] = max(peak or 0, found[name].get("peak_memory", 0)) or None
@@ -208,7 +192,7 @@ class ModelRun:
                     name, lambda engine, n=samples: scenarios.run_query(engine, n, prompt, generate)
                 )
                 if isinstance(answered, Problem):
-                    found[name] |= _failed(answered)
+                    found[name] |= problem_of(answered)
                 elif i:
                     found[name]["queries"].append(answered)
         time.sleep(REST)
@@ -252,10 +236,6 @@ class ModelRun:
     def _units(self) -> dict[str, Any]:
         prefix = f"{self.threads}/"
         return {k.removeprefix(prefix): v for k, v in self.journal.units.items() if k.startswith(prefix)}
-
-
-def _failed(problem: Problem) -> dict[str, Any]:
-    return {"problem": asdict(problem)}
 
 
 def _records(layers: Sequence[dict[str, Any]]) -> dict[str, int]:

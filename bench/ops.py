@@ -5,46 +5,62 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..compiler.errors import EdgeFormerError
 from ..compiler.target import Target, available_cores, detect
 from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, sample_warnings
-from .op_cases import BUILDERS, Call, Case, cases
+from .fleet import OURS
+from .journal import Journal
+from .op_cases import BUILDERS, Call, Case, cases, shapes
+from .paired import Pair
 from .probes import Limits, measure_limits
-from .provenance import new_run_id, now, provenance
+from .provenance import commit, fingerprint, new_run_id, now, provenance
+from .rows import ratio_of_pairs
 
 SAMPLE_SECONDS = 2e-3  # a sample is at least so long: many calls of a short kernel
 CASE_SECONDS = 1.5  # of a case, about
-OURS = "edgeformer"
+ALL_ROWS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 4096)
 
 
 @dataclass(frozen=True)
 class OpsOptions:
-    """What to measure. `forms`: "" is what dispatch chooses; others are asked for by name."""
+    """What to measure. `forms`: "" is what dispatch chooses; others are asked for by name.
+
+    The defaults are a suite of minutes; `everything` has all models, 1 to 4,096 rows and contexts to 32k.
+    """
 
     operators: tuple[str, ...] = tuple(BUILDERS)
-    models: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "deepseek-v2-lite")
+    models: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "deepseek-v2-lite")
     rows: tuple[int, ...] = (1, 8, 512)
-    contexts: tuple[int, ...] = (512, 4096, 32768)
+    contexts: tuple[int, ...] = (512, 4096)
     formats: tuple[str, ...] = ("int4",)
     forms: tuple[str, ...] = ("",)
     threads: int | None = None
     repeats: int = 7
     target: str = "auto"
     strict: bool = False
+    resume: bool = False
+
+    @classmethod
+    def everything(cls, **options: Any) -> OpsOptions:
+        """Return all shapes, where `options` do not choose."""
+        contexts = (512, 4096, 32768)
+        return cls(**{"models": tuple(shapes()), "rows": ALL_ROWS, "contexts": contexts, **options})
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be equal for a run to be resumed."""
+        return {k: v for k, v in asdict(self).items() if k not in ("strict", "resume")}
 
 
 def bench_ops(options: OpsOptions, progress: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
-    """Return one row a case and engine. A target that this host cannot run has no speeds: see `compiled`."""
-    from ..runtime.dispatch import use_target
-    from ..runtime.threads import set_threads
-    from .model import MeasurementError
+    """Return one row a case and engine. A target that this host cannot run has no speeds: see `compiled`.
 
+    What has been measured is kept at once; after a kill, `options.resume` goes on with it.
+    """
     target = Target.parse(options.target)
     threads = options.threads or available_cores()
-    shared = provenance(new_run_id(), threads, now()) | {"kind": "op", "size": 0, "options": {}}
     chosen = [
         (form, case)
         for form in options.forms
@@ -53,28 +69,60 @@ def bench_ops(options: OpsOptions, progress: Callable[[str], None] = lambda _: N
             detect().l3,
         )
     ]  # fmt: skip
+    what = {"ops": options.identity(), "commit": commit(), "device": fingerprint()}
+    journal = Journal(what, options.resume)
+    run = journal.get("run") or journal.keep("run", {"run_id": new_run_id(), "time": now()})
+    shared = provenance(run["run_id"], threads, run["time"]) | {"kind": "op", "size": 0, "options": {}}
     if target.missing_on(detect()):
+        journal.done()
         return [shared | compiled(case, target) for _, case in chosen]
+    limits, check = _measure_all(chosen, options, target, threads, journal, progress)
+    rows = [row for form, case in chosen for row in journal[_unit(form, case)]]
+    journal.done()
+    return [shared | row | _limits(row, limits) | {"device_check": check.row()} for row in rows]
+
+
+def _unit(form: str, case: Case) -> str:
+    return f"case:{form}:{case.name}"
+
+
+def _measure_all(
+    chosen: list[tuple[str, Case]], options: OpsOptions, target: Target, threads: int, journal: Journal,
+    progress: Callable[[str], None],
+) -> tuple[Limits, DeviceCheck]:  # fmt: skip
+    """Measure what the journal does not hold yet, between probes of the device and of its limits."""
+    from ..runtime.dispatch import use_target
+    from ..runtime.threads import set_threads
+    from .model import MeasurementError
+
+    def refuse(found: list[str]) -> None:
+        if found and options.strict:
+            raise MeasurementError(f"--strict: {'; '.join(found)}")
+
     use_target(target)
     set_threads(threads)
     check = DeviceCheck(threads, available_cores(), lambda: fixed_probe(threads))
-    if (found := check.before()) and options.strict:
-        raise MeasurementError(f"--strict: {'; '.join(found)}")
+    refuse(check.before())
     limits = measure_limits(threads)
-    rows: list[dict[str, Any]] = []
+    if earlier := journal.get("limits"):
+        limits = limits.best(Limits(**earlier))
+    measured = 0
     try:
         for i, (form, case) in enumerate(chosen):
+            if _unit(form, case) in journal:
+                continue
             progress(f"{i + 1} of {len(chosen)}: {case.name} {form}")
-            rows += _measure(case, form, options.repeats)
-            if i % 25 == 24:
+            journal.keep(_unit(form, case), _measure(case, form, options.repeats))
+            measured += 1
+            if measured % 25 == 0:
                 check.again()
                 limits = limits.best(measure_limits(threads, repeats=3))
+                journal.keep("limits", asdict(limits))
     finally:
         use_target(None)
     limits = limits.best(measure_limits(threads))
-    if (found := check.after()) and options.strict:
-        raise MeasurementError(f"--strict: {'; '.join(found)}")
-    return [shared | row | _limits(row, limits) | {"device_check": check.row()} for row in rows]
+    refuse(check.after())
+    return limits, check
 
 
 def compiled(case: Case, target: Target) -> dict[str, Any]:
@@ -106,7 +154,10 @@ def _measure(case: Case, form: str, repeats: int) -> list[dict[str, Any]]:
         failed = {"status": "failed", "proof": "none", "error": str(problem_found)}
         return [_names(case, OURS, form) | _nothing() | failed]
     seconds = interleave({OURS: problem.ours, **problem.peers}, repeats)
-    best_peer = min((statistics.median(s) for name, s in seconds.items() if name != OURS), default=None)
+    ours = seconds[OURS]
+    pairs = {name: [Pair(*both) for both in zip(ours, s, strict=True)] for name, s in seconds.items()}
+    ratios = {name: ratio_of_pairs(found) for name, found in pairs.items() if name != OURS}
+    best = min((found["ratio"] for found in ratios.values()), default=None)
     rows = []
     for engine, samples in seconds.items():
         middle = statistics.median(samples)
@@ -124,7 +175,8 @@ def _measure(case: Case, form: str, repeats: int) -> list[dict[str, Any]]:
             "cached": problem.cached,
             "peak": problem.limit,
             "error_to_reference": error if engine == OURS else None,
-            "peer_ratio": best_peer / middle if engine == OURS and best_peer else None,
+            "ratios": ratios if engine == OURS else {},
+            "peer_ratio": best if engine == OURS else None,
             "status": "ok",
             "proof": "run",
             "error": None,

@@ -15,6 +15,8 @@ SCENARIOS = ("single-stream", "multi-stream", "offline")
 class Options:
     """What to measure; the defaults are llama-bench's, except that the median is told.
 
+    `repeats` None: until the ratios are known well enough, at most `seconds` an engine and test.
+
     `scenarios` are queries of prompt[0] and generate[0] tokens; `quality_tokens` of text are compared with
     fp32 (0: not); `ttft` measures the time to the first token, also of a new process.
     `watts` stands for the package's power where it has no counter. `timeout`: seconds of a child's silence.
@@ -25,7 +27,8 @@ class Options:
     depth: tuple[int, ...] = (0,)
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = ()
-    repeats: int = 5
+    repeats: int | None = None
+    seconds: float = 20.0
     target: str = "auto"
     kv: str = "bf16"
     activation: str = "auto"

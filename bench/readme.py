@@ -48,7 +48,7 @@ def _device(results: Sequence[Results]) -> str:
     body = [line for result in results for line in _lines(result, peers)]
     kind = " (virtual machine)" if row.get("virtual_machine") else ""
     facts = f"{result_name(device)}{kind}, {row['threads']} threads, tokens/s, medians with half the range; "
-    facts += "ratios paired by repeat."
+    facts += "ratios: medians of turns side by side, with their 95% interval."
     judged = _quality(results)
     warnings = sorted({t for r in results for row in r.rows for t in row["device_check"]["warnings"]})
     told = f"The device check said: {'; '.join(warnings)}." if warnings else ""

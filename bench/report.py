@@ -11,7 +11,7 @@ from ..compiler.errors import CapacityError, FormatError
 from .op_table import operator_cells
 from .plots import OKABE_ITO, PAGE, PAPER, Plotter, all_figures, to_png, to_svg
 from .result_files import Results
-from .table import energy_text, is_shown, quality_texts
+from .table import energy_text, is_shown, of_engine, quality_texts
 
 LARGEST_PAGE = 2_000_000  # bytes
 DARK = ("#56B4E9", "#E69F00", "#3DD6A3", "#E8A0C4", "#9AD4F5", "#F0C75E", "#B0B0B0", "#F0E442")
@@ -43,7 +43,8 @@ dd{margin:0;overflow-wrap:anywhere}
 SPEED_NOTE = (
     "<p class=soft>Medians of interleaved repeats, ± half of the range. <i>Of limit</i> is the part of what "
     "this machine could do at most, measured in the same run: memory bandwidth for decode (tg), the peak of "
-    "dot products or of the matrix unit for prefill (pp).</p>"
+    "dot products or of the matrix unit for prefill (pp). <i>EdgeFormer beside it</i> is the median ratio of "
+    "turns side by side, with its 95% interval: what slows the machine down slows both.</p>"
 )
 ALT = {
     "prefill": "Bars: prefill speed of each engine in tokens a second",
@@ -134,7 +135,7 @@ def _warnings(results: Sequence[Results]) -> str:
     for result in results:
         for row in result.rows:
             texts += (row.get("device_check") or {}).get("warnings", ())
-            texts += [f"{row['engine']}: {row['error']}"] if row.get("error") else []
+            texts += [of_engine(row, row["error"])] if row.get("error") else []
             energy = row.get("energy") or {}
             if energy.get("status") == "unavailable":
                 texts.append(f"energy is unavailable: {energy.get('source', '')}")
@@ -168,10 +169,24 @@ def _speeds(results: Sequence[Results]) -> str:
             line.append("" if part is None else f"{part:.0%}")
         else:
             line += [str(row.get("status", "not run")), ""]
+        line.append(_beside(result, row))
         body.append([*line, energy_text(row), *([str(row.get("model", ""))] if several else [])])
-    head = ["test", "engine", "tokens/s", "of limit", "J/token", *(["model"] if several else [])]
+    head = ["test", "engine", "tokens/s", "of limit", "EdgeFormer beside it", "J/token"]
+    head += ["model"] if several else []
     models = ", ".join(dict.fromkeys(str(row.get("model", "")) for _, row in rows))
     return f"<p>{escape(models)}</p>{_table(head, body, left=2)}" if body else ""
+
+
+def _beside(result: Results, row: dict[str, Any]) -> str:
+    """Return our speed over a peer's in the same test, from pairs, with its interval."""
+    same = ("model", "test", "threads")
+    ours = [
+        r for r in result.rows if r["engine"] == "edgeformer" and all(r.get(k) == row.get(k) for k in same)
+    ]
+    found = (ours[0].get("ratios") or {}).get(row["engine"]) if ours and is_shown(ours[0]) else None
+    if found is None or not is_shown(row):
+        return ""
+    return f"{found['ratio']:.2f}x ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def _is_test(row: dict[str, Any]) -> bool:

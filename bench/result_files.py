@@ -98,6 +98,17 @@ def _check(path: Path, number: int, row: Any) -> None:
     samples = row.get("samples", [])
     if not isinstance(samples, list) or not all(isinstance(s, int | float) and s > 0 for s in samples):
         raise FormatError(f"row {number} of {path} has samples that are no speeds")
+    ratios = row.get("ratios", {})
+    if not isinstance(ratios, dict) or not all(map(_is_ratio, ratios.values())):
+        raise FormatError(f"row {number} of {path} has ratios that are none")
+
+
+def _is_ratio(found: Any) -> bool:
+    """Return whether this is a ratio with its bounds and its pairs, all of them positive."""
+    if not isinstance(found, dict) or not isinstance(found.get("pairs"), list) or not found["pairs"]:
+        return False
+    numbers = [found.get("ratio"), found.get("low"), found.get("high"), *found["pairs"]]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
 
 
 def engines(rows: Iterable[dict[str, Any]]) -> list[str]:

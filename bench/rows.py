@@ -12,7 +12,9 @@ from . import scenarios
 from .check import sample_warnings
 from .device import device
 from .energy import energy_of
+from .fleet import OURS
 from .options import Options
+from .paired import Pair, counting, estimate
 from .probes import Limits
 from .provenance import provenance
 from .work import Test, Work, fractions
@@ -24,6 +26,7 @@ EMPTY = {
     "limit_fraction": None,
     "limit_fraction_with_attention": None,
     "limit": "",
+    "ratios": {},
 }
 
 
@@ -40,7 +43,7 @@ class RunFacts:
 
     def engines(self) -> list[str]:
         """Return the engines in order."""
-        return ["edgeformer", *dict.fromkeys(self.options.peers)]
+        return [OURS, *dict.fromkeys(self.options.peers)]
 
     def limits_of(self, session: str) -> Limits:
         """Return the best figures of the probes that ran in the same session as a test."""
@@ -105,15 +108,51 @@ def _speed_row(run: RunFacts, test: Test, name: str, unit: dict[str, Any]) -> di
     work = Work(**run.units[f"about:{name}"]["work"]) if "work" in run.units[f"about:{name}"] else None
     row |= _speed_figures(speeds)
     row |= _limit_figures(test, row["tokens_per_second"], work, limits)
+    row["ratios"] = _ratios(name, unit["engines"])
     source = run.units[f"about:{name}"].get("energy_source", "the engine stopped before it told")
     return row | {
         "status": "ok",
         "proof": "run",
         "error": None,
-        "warnings": sample_warnings(speeds),
+        "warnings": [*sample_warnings(speeds), *_restless(row["ratios"], unit["engines"])],
         "options": found["settled"],
         "energy": energy_of(found["joules"], found["seconds"], count, source, run.options.watts),
         **_engine_facts(run, name),
+    }
+
+
+def _ratios(name: str, engines: dict[str, Any]) -> dict[str, Any]:
+    """Return an engine's speed over others', from pairs: ours over each peer's, a peer's over ours."""
+    if name != OURS:
+        found = _ratio(engines[name].get("pairs", ()), inverse=True)
+        return {OURS: found} if found else {}
+    ratios = {peer: _ratio(e.get("pairs", ())) for peer, e in engines.items() if "problem" not in e}
+    return {peer: ratio for peer, ratio in ratios.items() if ratio}
+
+
+def _restless(ratios: dict[str, Any], engines: dict[str, Any]) -> list[str]:
+    """Return what speaks against ratios: all pairs count, since the machine changed during nearly all."""
+    found = []
+    for peer in ratios:
+        pairs = [Pair(**pair) for pair in engines[peer].get("pairs", ())]
+        if any(not pair.steady for pair in counting(pairs)):
+            found.append(f"no calm moment for its ratio to {peer}: the probe moved during most pairs")
+    return found
+
+
+def _ratio(kept: Sequence[dict[str, Any]], inverse: bool = False) -> dict[str, Any]:
+    return ratio_of_pairs([Pair(**pair) for pair in kept], inverse) if kept else {}
+
+
+def ratio_of_pairs(pairs: Sequence[Pair], inverse: bool = False) -> dict[str, Any]:
+    """Return what a row keeps of a ratio: the median, its 95% interval, the pairs that count."""
+    found = [1 / pair.ratio if inverse else pair.ratio for pair in counting(pairs)]
+    known = estimate(found)
+    digits = {"ratio": known.middle, "low": known.low, "high": known.high}
+    return {
+        **{key: float(f"{value:.4g}") for key, value in digits.items()},
+        "pairs": [float(f"{ratio:.4g}") for ratio in found],
+        "dropped": len(pairs) - len(found),
     }
 
 

@@ -85,14 +85,24 @@ def _ratio(row: dict[str, Any], rows: Rows, peer: str) -> str:
     other = next((r for r in rows if r["engine"] == peer and all(r[k] == row[k] for k in same)), None)
     if other is None or not is_shown(other):
         return ""
-    return f"{paired_ratio(row, other)[0]:.2f}"
+    if row is other:
+        return "1.00"
+    ratio, low, high = paired_ratio(row, other)
+    return (
+        f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+        if other["engine"] in row.get("ratios", {})
+        else f"{ratio:.2f}"
+    )
 
 
 def paired_ratio(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
-    """Return the median, lowest and highest ratio of two rows of a run, paired by repeat.
+    """Return the ratio of two rows of a run and its bounds.
 
-    Engines take turns, so both of a pair ran within seconds: what slows the machine down slows both.
+    From the pairs that the row keeps: the median and its 95% interval. Two peers, and rows of old runs, are
+    paired by repeat: the median, the lowest and the highest.
     """
+    if found := row.get("ratios", {}).get(other["engine"]):
+        return found["ratio"], found["low"], found["high"]
     pairs = [a / b for a, b in zip(row.get("samples", ()), other.get("samples", ()), strict=False)]
     pairs = pairs or [row["tokens_per_second"] / other["tokens_per_second"]]
     return statistics.median(pairs), min(pairs), max(pairs)
@@ -147,16 +157,21 @@ def _scenarios(rows: Rows) -> str:
     return markdown_table(head, body, left=2)
 
 
+def of_engine(row: dict[str, Any], text: str) -> str:
+    """Return a text that names its engine once."""
+    return text if text.startswith(f"{row['engine']}:") else f"{row['engine']}: {text}"
+
+
 def _notes(rows: Rows) -> str:
     """Return what a reader must know: problems of the device, of engines, of single rows."""
     checks = [row.get("device_check") or {} for row in rows]
     lines = [f"- warning: {text}" for check in checks for text in check.get("warnings", ())]
     for row in rows:
         if row.get("error"):
-            lines.append(f"- {row['engine']}: {row['error']}")
+            lines.append(f"- {of_engine(row, row['error'])}")
         lines += [f"- {row['engine']} {row['test']}: {text}" for text in row.get("warnings", ())]
         judged = row.get("quality") or {}
-        if judged.get("status") == "unavailable":
+        if judged.get("status") == "unavailable" and judged["reason"] != row.get("error"):
             lines.append(f"- {row['engine']}: no quality: {judged['reason']}")
         if (row.get("energy") or {}).get("status") == "unavailable":
             lines.append(f"- energy is unavailable: {row['energy']['source']}")

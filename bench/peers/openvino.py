@@ -61,6 +61,7 @@ class OpenVinoRunner:
         return {
             "version": self.api.get_version(),
             "genai_version": importlib.metadata.version("openvino-genai"),
+            "vocabulary": self.vocabulary,
             "settings": list(SETTINGS),
             "fixed": {"kv": "fp16", "performance_hint": "LATENCY"},
             "work": asdict(work_of_file(self.path, kv_element_bytes=2)),

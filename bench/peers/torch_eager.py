@@ -20,8 +20,9 @@ from ..work import Test, Work, work_of_file
 from .sampling import random_ids
 
 EAGER = EngineKind(
-    name="torch", module=__name__, package="transformers", install="pip install 'edgeformer[hf]' gguf",
-    imports=("torch", "transformers", "gguf"), packages=("torch", "transformers"),
+    name="torch", module=__name__, package="transformers",
+    install="pip install 'edgeformer[hf]' gguf accelerate",
+    imports=("torch", "transformers", "gguf", "accelerate"), packages=("torch", "transformers"),
 )  # fmt: skip
 
 
@@ -36,7 +37,6 @@ class TorchRunner:
     """The model in eager mode, once a dtype."""
 
     settings: tuple[dict[str, Any], ...] = ({"dtype": "bfloat16"}, {"dtype": "float32"})
-    static_cache = False
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -88,19 +88,22 @@ class TorchRunner:
         """Return the model as it is called; a place for compilers."""
         return model
 
-    def _cache(self, model: Any, batch: int) -> Any:
+    def plain(self, model: Any) -> Any:
+        """Return the model as it is called for logits of a whole text, where speed does not count."""
+        return model
+
+    def cache(self, model: Any, batch: int) -> Any:
+        """Return an empty cache."""
         transformers: Any = importlib.import_module("transformers")
-        if self.static_cache:
-            return transformers.StaticCache(config=model.config, max_cache_len=self.shape[0])
         return transformers.DynamicCache(config=model.config)
 
-    def _step(self, model: Any, cache: Any, ids: Any, position: int, keep: int = 1) -> Any:
+    def _step(self, model: Any, cache: Any, ids: Any, position: int) -> Any:
         import torch
 
         positions = torch.arange(position, position + ids.shape[1])
         found = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep,
-            position_ids=positions[None].expand(ids.shape[0], -1), cache_position=positions,
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
+            position_ids=positions[None].expand(ids.shape[0], -1),
         )  # fmt: skip
         return found.logits
 
@@ -109,7 +112,7 @@ class TorchRunner:
 
         model = self._model(setting)
         with torch.inference_mode():
-            cache = self._cache(model, test.batch)
+            cache = self.cache(model, test.batch)
             ids = torch.from_numpy(random_ids(model.config.vocab_size, test.batch, test.length))
             if test.depth:
                 self._step(model, cache, ids[:, : test.depth], 0)
@@ -127,7 +130,7 @@ class TorchRunner:
 
         model = self._model(setting)
         with torch.inference_mode():
-            cache = self._cache(model, batch)
+            cache = self.cache(model, batch)
             ids = torch.from_numpy(random_ids(model.config.vocab_size, batch, prompt))
             start = time.perf_counter()
             tokens = self._step(model, cache, ids, 0)[:, -1].argmax(-1)
@@ -142,7 +145,7 @@ class TorchRunner:
 
         model = self._model(setting)
         with torch.inference_mode():
-            found = self._step(model, self._cache(model, 1), torch.tensor([ids]), 0, keep=0)
+            found = self.plain(model)(input_ids=torch.tensor([ids]), use_cache=False).logits
         np.save(out, found[0].float().numpy())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from edgeformer.bench import fleet as bench_fleet
 from edgeformer.bench import model as bench_model
+from edgeformer.bench import turns as bench_turns
 from edgeformer.bench.child import EngineError, Timing
 from edgeformer.bench.options import Options
 from edgeformer.bench.peers import registry
@@ -106,9 +107,20 @@ def probe_speeds() -> list[float]:
 
 
 @pytest.fixture
+def pair_speeds() -> list[float]:
+    """What the short probe between turns will tell."""
+    return [100.0]
+
+
+def following(speeds: list[float]) -> float:
+    """Return the next speed; the last one stays."""
+    return speeds.pop(0) if len(speeds) > 1 else speeds[0]
+
+
+@pytest.fixture
 def pretend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: list[str], engines: dict[str, Any],
-    probe_speeds: list[float],
+    probe_speeds: list[float], pair_speeds: list[float],
 ) -> Callable[..., list[dict[str, Any]]]:  # fmt: skip
     """Run the bench on pretenders and return its rows."""
     path = tmp_path / "model.gguf"
@@ -119,8 +131,7 @@ def pretend(
         return LIMITS
 
     def probe(threads: int) -> dict[str, float]:
-        speed = probe_speeds.pop(0) if len(probe_speeds) > 1 else probe_speeds[0]
-        return {"compute": speed, "memory": 50.0}
+        return {"compute": following(probe_speeds), "memory": 50.0}
 
     def open_engine(name: str, *_: Any) -> Any:
         found = engines[name]
@@ -132,7 +143,9 @@ def pretend(
     monkeypatch.setattr(bench_fleet, "open_engine", open_engine)
     monkeypatch.setattr(bench_model, "measure_limits", limits)
     monkeypatch.setattr(bench_model, "fixed_probe", probe)
+    monkeypatch.setattr(bench_model, "pair_probe", lambda threads: {"compute": following(pair_speeds)})
     monkeypatch.setattr(bench_model, "PAUSE", 0.0)
+    monkeypatch.setattr(bench_turns, "PAUSE", 0.0)
     monkeypatch.setattr(bench_model, "REST", 0.0)
     monkeypatch.setitem(registry.PEERS, "openvino", ("openvino", "OpenVinoEngine"))
     monkeypatch.setattr("edgeformer.bench.check.IDLE_WINDOW", 0.0)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgeformer import cli
-from edgeformer.bench.compare import compare, interval, paired_ratios, render
+from edgeformer.bench.compare import compare, interval, render
 from edgeformer.bench.result_files import Results
 
 RUNNER = CliRunner()
@@ -81,11 +81,37 @@ def test_the_interval_holds_the_ratio_and_is_repeatable():
     assert interval(row(BASE), row([s * 1.1 for s in BASE])) == (low, high)
 
 
-def test_ratios_to_a_peer_are_paired_by_repetition():
-    """Both engines are slowed down in the same repeats: the ratio is steady although the speeds are not."""
-    ours, theirs = [100.0, 50.0, 200.0], [50.0, 25.0, 100.0]
-    found = paired_ratios([row(ours), row(theirs, engine="llama.cpp")], "llama.cpp")
-    assert found == [{"test": "tg128", "model": "m.gguf", "ratio": 2.0, "low": 2.0, "high": 2.0}]
+def with_pairs(label: str, pairs: list[float], samples: list[float], version: str = "1") -> Results:
+    ratios = {"llama.cpp": {"ratio": sorted(pairs)[len(pairs) // 2], "low": 1.0, "high": 9.0, "pairs": pairs}}
+    theirs = row(BASE, engine="llama.cpp", engine_details={"version": version})
+    return results(label, row(samples, ratios=ratios), theirs)
+
+
+PAIRS = [4.0, 4.04, 3.96, 4.02, 3.98, 4.01]
+
+
+def test_the_ratio_to_a_peer_decides_where_there_are_pairs():
+    """A machine at half its speed is no regression; a lost tenth beside the peer is one, on any machine."""
+    slow = [s * 0.5 for s in BASE]
+    base = with_pairs("a", PAIRS, BASE)
+    change = compare(base, with_pairs("b", [p * 1.001 for p in PAIRS], slow))[0]
+    assert (change.verdict, change.peer) == ("same", "llama.cpp")
+    assert change.ratio == pytest.approx(0.5) and change.of_peer == pytest.approx(1.001)
+    change = compare(base, with_pairs("b", [p * 0.9 for p in PAIRS], [s * 1.5 for s in BASE]))[0]
+    assert change.regressed and change.peer_high is not None and change.peer_high < 1
+    wide = [2.0, 5.0, 3.0, 6.0, 3.5, 3.6]
+    assert compare(base, with_pairs("b", wide, slow))[0].verdict == "unsure"
+
+
+def test_a_peer_of_another_version_is_no_measure():
+    slow = [s * 0.8 for s in BASE]
+    change = compare(with_pairs("a", PAIRS, BASE), with_pairs("b", PAIRS, slow, version="2"))[0]
+    assert (change.peer, change.verdict) == ("", "slower")
+
+
+def test_a_peers_own_change_is_not_judged_by_ours():
+    changes = compare(with_pairs("a", PAIRS, BASE), with_pairs("b", [8.0] * 6, BASE))
+    assert [(c.engine, c.verdict) for c in changes] == [("edgeformer", "faster"), ("llama.cpp", "same")]
 
 
 @pytest.mark.parametrize("form", ["md", "csv", "json", "jsonl"])

@@ -30,8 +30,8 @@ from .conftest import LIMITS, WORK
 def test_engines_take_turns_and_limits_are_measured_around(pretend: Any, log: list[str]):
     pretend(prompt=(0,), generate=(16,))
     assert log == [
-        "limits", "warm edgeformer", "warm llama.cpp", "edgeformer", "llama.cpp", "llama.cpp", "edgeformer",
-        "edgeformer", "llama.cpp", "limits",
+        "limits", "warm edgeformer", "warm llama.cpp", "edgeformer", "llama.cpp", "edgeformer", "llama.cpp",
+        "edgeformer", "llama.cpp", "edgeformer", "limits",
     ]  # fmt: skip
 
 

@@ -43,6 +43,15 @@ def test_a_list_and_lines_are_the_same(tmp_path: Path):
         (json.dumps([row(tokens_per_second=-1)]), "a speed of -1"),
         (json.dumps([row(tokens_per_second="fast")]), "a speed of 'fast'"),
         (json.dumps([row(samples=[1, "x"])]), "samples that are no speeds"),
+        (json.dumps([row(ratios=[1.0])]), "ratios that are none"),
+        (
+            json.dumps([row(ratios={"a": {"ratio": 1.0, "low": 1.0, "high": 1.0, "pairs": []}})]),
+            "ratios that",
+        ),
+        (
+            json.dumps([row(ratios={"a": {"ratio": 1.0, "low": None, "high": 1.0, "pairs": [1]}})]),
+            "ratios that",
+        ),
         ("[" * 100_000, "damaged"),
     ],
 )
