@@ -25,10 +25,7 @@ from ..compiler.errors import EdgeFormerError, UnsupportedError
 from .energy import Clock
 from .work import Test, Work
 
-TRIALS, TRIAL_SECONDS = (
-    3,
-    6.0,
-)  # timed rounds of all settings behind the warm-up, to find the best one; at most
+TRIALS, TRIAL_SECONDS = 2, 6.0  # rounds behind the warm-up to find the best setting; at most so long
 CLEARLY = 0.98  # of the time of an earlier setting: a tie goes to the earlier one, in every run
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..compiler.errors import EdgeFormerError, FormatError
 from ..compiler.target import available_cores
 from . import quality, scenarios
-from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, pair_probe
+from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, pair_probe, read_load
 from .child import ChildEngine, EngineError, Shape, cold_start
 from .fleet import OURS, Fleet, Problem
 from .journal import Journal
@@ -125,7 +125,8 @@ class ModelRun:
 
     def _speed(self, test: Test) -> dict[str, Any]:
         """Time a test of every engine, in turns."""
-        turns = Turns(self.fleet, test, lambda: pair_probe(self.threads), self.progress)
+        load = lambda: read_load(self.fleet.processes())  # noqa: E731
+        turns = Turns(self.fleet, test, lambda: pair_probe(self.threads), load, self.progress)
         found = turns.measure(Rounds(self.options.repeats, self.options.seconds * len(self.fleet.names)))
         time.sleep(REST)
         self.check.again()

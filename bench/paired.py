@@ -8,7 +8,8 @@ from typing import Any
 
 CONFIDENCE = 0.95
 DRAWS = 4000
-MOVED = 0.10  # a pair does not count when the probe behind it differs by more from the one before it
+MOVED = 0.10  # a pair does not count when the probe behind it differs by more from the one before it,
+OTHERS = 0.10  # or when other programs kept more cores busy meanwhile
 FEWEST = 3  # steady pairs; with fewer all count
 
 
@@ -16,12 +17,14 @@ FEWEST = 3  # steady pairs; with fewer all count
 class Pair:
     """Seconds of one test: a peer's turn, and the mean of ours before and behind it.
 
-    `moved` is how far the probes before and behind differ, as a part of the faster one.
+    `moved` is how far the probes before and behind differ, as a part of the faster one; `others` are the
+    cores that other programs kept busy meanwhile.
     """
 
     ours: float
     theirs: float
     moved: float = 0.0
+    others: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -30,8 +33,8 @@ class Pair:
 
     @property
     def steady(self) -> bool:
-        """Whether the machine kept its speed."""
-        return self.moved <= MOVED
+        """Whether the machine kept its speed and was ours."""
+        return self.moved <= MOVED and self.others <= OTHERS
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ def _device(results: Sequence[Results]) -> str:
     body = [line for result in results for line in _lines(result, peers)]
     kind = " (virtual machine)" if row.get("virtual_machine") else ""
     facts = f"{result_name(device)}{kind}, {row['threads']} threads, tokens/s, medians with half the range; "
-    facts += "ratios: medians of turns side by side, with their 95% interval."
+    paired = any(r.get("ratios") for result in results for r in result.rows)
+    facts += (
+        "ratios: medians of turns side by side, with 95% intervals." if paired else "ratios paired by repeat."
+    )
     judged = _quality(results)
     warnings = sorted({t for r in results for row in r.rows for t in row["device_check"]["warnings"]})
     told = f"The device check said: {'; '.join(warnings)}." if warnings else ""

@@ -136,7 +136,9 @@ def _restless(ratios: dict[str, Any], engines: dict[str, Any]) -> list[str]:
     for peer in ratios:
         pairs = [Pair(**pair) for pair in engines[peer].get("pairs", ())]
         if any(not pair.steady for pair in counting(pairs)):
-            found.append(f"no calm moment for its ratio to {peer}: the probe moved during most pairs")
+            found.append(
+                f"no calm moment for its ratio to {peer}: during most pairs the probe moved or others worked"
+            )
     return found
 
 
@@ -153,6 +155,8 @@ def ratio_of_pairs(pairs: Sequence[Pair], inverse: bool = False) -> dict[str, An
         **{key: float(f"{value:.4g}") for key, value in digits.items()},
         "pairs": [float(f"{ratio:.4g}") for ratio in found],
         "dropped": len(pairs) - len(found),
+        "moved": round(max(pair.moved for pair in counting(pairs)), 3),
+        "others": round(max(pair.others for pair in counting(pairs)), 3),
     }
 
 

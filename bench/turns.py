@@ -2,7 +2,7 @@
 
 A turn is one run of a test, or as many as fill half a second. A pair is one turn of a peer beside the mean
 of ours before and behind it: a steady drift cancels. A short probe stands between the turns; a pair during
-which it moved does not count, and is measured again.
+which it moved, or other programs worked, does not count and is measured again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .check import Load
 from .child import Timing
 from .fleet import OURS, Fleet, Problem
 from .paired import Pair, estimate, moved, ratio_of
@@ -53,6 +54,7 @@ class Turns:
     fleet: Fleet
     test: Test
     probe: Probe
+    load: Callable[[], Load]
     progress: Callable[[str], None]
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     last: float | None = None  # seconds of our turn just before
@@ -102,10 +104,13 @@ class Turns:
         before = self.probe()
         for i in range(len(peers)):
             name = peers[(i + number) % len(peers)]
+            load = self.load()
             theirs, again = self._turn(name), self._turn(OURS)
+            others = self.load().others_since(load)
             after = self.probe()
             if self.last and theirs and again:
-                pair = Pair((self.last + again) / 2, theirs, round(moved(before, after), 4))
+                mean = (self.last + again) / 2
+                pair = Pair(mean, theirs, round(moved(before, after), 4), round(others, 3))
                 self.found[name]["pairs"].append(asdict(pair))
             before, self.last = after, again
 

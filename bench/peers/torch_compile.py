@@ -19,7 +19,6 @@ KIND = EngineKind(
 )  # fmt: skip
 PLAIN = {"dtype": "bfloat16", "weights": "bfloat16"}
 INT8 = {"dtype": "bfloat16", "weights": "int8", "activations": "int8"}
-INT8_WEIGHTS = {"dtype": "bfloat16", "weights": "int8", "activations": "bfloat16"}
 
 
 class TorchCompileEngine(ChildEngine):
@@ -32,7 +31,7 @@ class TorchCompileEngine(ChildEngine):
 class TorchCompileRunner(TorchRunner):
     """The model compiled once for prompts and once for steps, weights in bf16 or torchao's int8."""
 
-    settings = (INT8, INT8_WEIGHTS, PLAIN) if importlib.util.find_spec("torchao") else (PLAIN,)
+    settings = (INT8, PLAIN) if importlib.util.find_spec("torchao") else (PLAIN,)
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -49,13 +48,9 @@ class TorchCompileRunner(TorchRunner):
 
         if setting["weights"] == "int8":
             quantization: Any = importlib.import_module("torchao.quantization")
-            both = setting["activations"] == "int8"
-            config = "Int8DynamicActivationInt8WeightConfig" if both else "Int8WeightOnlyConfig"
-            quantization.quantize_(model, getattr(quantization, config)())
+            quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
         model.plain_forward = model.forward
-        # Constant weights let Inductor choose oneDNN's and ATen's int8 kernels for weight-only products.
-        options = {"freezing": setting.get("activations") == "bfloat16"}
-        model.forward = torch.compile(model.forward, dynamic=False, options=options)
+        model.forward = torch.compile(model.forward, dynamic=False)
         return model
 
     def plain(self, model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from edgeformer.bench import fleet as bench_fleet
 from edgeformer.bench import model as bench_model
 from edgeformer.bench import turns as bench_turns
+from edgeformer.bench.check import Load
 from edgeformer.bench.child import EngineError, Timing
 from edgeformer.bench.options import Options
 from edgeformer.bench.peers import registry
@@ -112,6 +113,12 @@ def pair_speeds() -> list[float]:
     return [100.0]
 
 
+@pytest.fixture
+def other_work() -> list[float]:
+    """How many cores others will keep busy during each pair; none afterwards."""
+    return []
+
+
 def following(speeds: list[float]) -> float:
     """Return the next speed; the last one stays."""
     return speeds.pop(0) if len(speeds) > 1 else speeds[0]
@@ -120,11 +127,21 @@ def following(speeds: list[float]) -> float:
 @pytest.fixture
 def pretend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: list[str], engines: dict[str, Any],
-    probe_speeds: list[float], pair_speeds: list[float],
+    probe_speeds: list[float], pair_speeds: list[float], other_work: list[float],
 ) -> Callable[..., list[dict[str, Any]]]:  # fmt: skip
     """Run the bench on pretenders and return its rows."""
     path = tmp_path / "model.gguf"
     path.write_bytes(b"0" * 1000)
+
+    def loads() -> Iterator[tuple[float, float]]:
+        """A second passes between two readings; before every second one others worked as they were told."""
+        wall = busy = 0.0
+        while True:
+            yield wall, busy
+            wall, busy = wall + 1, busy + (other_work.pop(0) if other_work else 0.0)
+            yield wall, busy
+
+    clock = loads()
 
     def limits(threads: int, target: str = "auto") -> Limits:
         log.append("limits")
@@ -144,6 +161,7 @@ def pretend(
     monkeypatch.setattr(bench_model, "measure_limits", limits)
     monkeypatch.setattr(bench_model, "fixed_probe", probe)
     monkeypatch.setattr(bench_model, "pair_probe", lambda threads: {"compute": following(pair_speeds)})
+    monkeypatch.setattr(bench_model, "read_load", lambda *_: Load(*next(clock), 0.0, 0.0))
     monkeypatch.setattr(bench_model, "PAUSE", 0.0)
     monkeypatch.setattr(bench_turns, "PAUSE", 0.0)
     monkeypatch.setattr(bench_model, "REST", 0.0)

@@ -22,7 +22,8 @@ def test_a_peer_runs_between_two_of_ours_and_a_steady_drift_cancels(pretend: Any
     engines["llama.cpp"]._seconds = [2.2, 2.6, 3.0]
     ours, theirs = pretend(prompt=(0,), generate=(16,))
     assert ours["ratios"]["llama.cpp"] == {
-        "ratio": 2.0, "low": 2.0, "high": 2.0, "pairs": [2.0, 2.0, 2.0], "dropped": 0
+        "ratio": 2.0, "low": 2.0, "high": 2.0, "pairs": [2.0, 2.0, 2.0], "dropped": 0,
+        "moved": 0.0, "others": 0.0,
     }  # fmt: skip
     assert theirs["ratios"]["edgeformer"]["ratio"] == 0.5
     assert ours["tokens_per_second"] / theirs["tokens_per_second"] != pytest.approx(2.0)
@@ -48,6 +49,13 @@ def test_pairs_during_which_the_machine_changed_are_measured_again(pretend: Any,
     assert (
         rows[0]["ratios"]["llama.cpp"]["dropped"] == 1 and len(rows[0]["ratios"]["llama.cpp"]["pairs"]) == 3
     )
+
+
+def test_pairs_during_which_others_worked_are_measured_again(pretend: Any, other_work: list[float]):
+    other_work[:] = [0.0, 0.9, 0.05]
+    rows = pretend(prompt=(0,), generate=(16,), repeats=3)
+    assert rows[0]["ratios"]["llama.cpp"]["dropped"] == 1 and len(rows[1]["samples"]) == 4
+    assert rows[0]["ratios"]["llama.cpp"]["others"] == 0.05
 
 
 def test_a_machine_that_never_rests_has_all_its_pairs_counted(pretend: Any, pair_speeds: list[float]):
