@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .paired import bounds, medians
@@ -115,14 +115,15 @@ def _change(
     low, high = interval(old, new)
     noise = old["spread"] / before + new["spread"] / after
     verdict = judge(ratio, low, high, noise, machine, threshold)
-    beside = _beside(old, new, peers)
-    if beside:
-        verdict = judge(*beside[1:], noise=0.0, machine=None, threshold=threshold)
-    return Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict, *beside)
+    found = Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict)
+    for peer, part, least, most in _beside(old, new, peers):
+        verdict = judge(part, least, most, 0.0, None, threshold)
+        found = replace(found, verdict=verdict, peer=peer, of_peer=part, peer_low=least, peer_high=most)
+    return found
 
 
-def _beside(old: Row, new: Row, peers: Sequence[str]) -> tuple[str, float, float, float] | tuple[()]:
-    """Return the peer that tells most surely, how our ratio to it changed, and the bounds; () without one."""
+def _beside(old: Row, new: Row, peers: Sequence[str]) -> list[tuple[str, float, float, float]]:
+    """Return how our ratio to each peer changed, and the bounds; the peer that tells most surely comes last."""
     import numpy as np
 
     found = []
@@ -131,7 +132,7 @@ def _beside(old: Row, new: Row, peers: Sequence[str]) -> tuple[str, float, float
         if all(pairs):
             low, high = bounds(medians(pairs[1], seed=1) / medians(pairs[0]))
             found.append((peer, float(np.median(pairs[1]) / np.median(pairs[0])), low, high))
-    return min(found, key=lambda f: f[3] / f[2], default=())
+    return sorted(found, key=lambda f: -f[3] / f[2])
 
 
 def _limit_ratio(old: Row, new: Row) -> float | None:
