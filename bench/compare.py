@@ -123,7 +123,7 @@ def _change(
 
 
 def _beside(old: Row, new: Row, peers: Sequence[str]) -> list[tuple[str, float, float, float]]:
-    """Return how our ratio to each peer changed, and the bounds; the peer that tells most surely comes last."""
+    """Return how our ratio to each peer changed, and its bounds; what is known best comes last."""
     import numpy as np
 
     found = []
