@@ -105,27 +105,26 @@ PAIR_SECONDS, PAIR_ROUNDS = 0.04, 20000
 
 
 def pair_probe(threads: int) -> dict[str, float]:
-    """Return the mean speed of the fixed work over a short while, to tell whether the machine has changed."""
+    """Return the median speed of the fixed work over a short while, to tell whether the machine changed."""
     from ..compiler.errors import BuildError
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
     set_threads(threads)
     part = _memory()[: PAIR_BYTES // 4]
-    found = {"memory": _mean_rate(part.sum, part.nbytes)}
+    found = {"memory": _usual_rate(part.sum, part.nbytes)}
     with contextlib.suppress(BuildError):
         call, operations = native.rounds(threads, PAIR_ROUNDS)["float"]
-        found["compute"] = _mean_rate(call, operations)
+        found["compute"] = _usual_rate(call, operations)
     return found
 
 
-def _mean_rate(call: Callable[[], object], amount: float) -> float:
+def _usual_rate(call: Callable[[], object], amount: float) -> float:
     call()
-    start, count = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < PAIR_SECONDS or not count:
-        call()
-        count += 1
-    return count * amount / seconds
+    end, rates = time.perf_counter() + PAIR_SECONDS, []
+    while time.perf_counter() < end or not rates:
+        rates.append(_rate(call, amount))
+    return statistics.median(rates)
 
 
 _kept: list[Any] = []

@@ -9,7 +9,7 @@ from typing import Any
 CONFIDENCE = 0.95
 DRAWS = 4000
 MOVED = 0.10  # a pair does not count when the probe behind it differs by more from the one before it,
-OTHERS = 0.10  # or when other programs kept more cores busy meanwhile
+OTHERS = 0.30  # or when other programs kept more cores busy meanwhile
 FEWEST = 3  # steady pairs; with fewer all count
 
 

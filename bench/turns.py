@@ -101,18 +101,22 @@ class Turns:
         peers = self._peers()
         if self.last is None or not peers:
             self.last = self._turn(OURS)
-        before = self.probe()
+        before = self._probe()
         for i in range(len(peers)):
             name = peers[(i + number) % len(peers)]
             load = self.load()
             theirs, again = self._turn(name), self._turn(OURS)
             others = self.load().others_since(load)
-            after = self.probe()
+            after = self._probe()
             if self.last and theirs and again:
                 mean = (self.last + again) / 2
                 pair = Pair(mean, theirs, round(moved(before, after), 4), round(others, 3))
                 self.found[name]["pairs"].append(asdict(pair))
             before, self.last = after, again
+
+    def _probe(self) -> dict[str, float]:
+        time.sleep(PAUSE)
+        return self.probe()
 
     def _turn(self, name: str) -> float | None:
         """Return the mean seconds of a test in an engine's turn; None where it has a problem."""
