@@ -14,7 +14,7 @@ from edgeformer.compiler import emulator
 from edgeformer.compiler.backends import tvm_llvm
 from edgeformer.compiler.emulator import EmulatedLibrary
 from edgeformer.compiler.operator import Form
-from edgeformer.compiler.target import Target
+from edgeformer.compiler.target import Target, known_targets
 from edgeformer.kernels.attention import TVM_CPU as ATTENTION
 from edgeformer.kernels.attention import AttentionSpec
 from edgeformer.kernels.attention.append import TVM_CPU as APPEND
@@ -90,6 +90,11 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     error = (got.double() - want.double()).norm() / want.double().norm()
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def test_targets_called_emulated_are_those_that_run_here() -> None:
+    parsed = [Target.parse(name) for name in known_targets()]
+    assert {t.name for t in parsed if t.arch == "aarch64" and t.proof == "emulated"} == set(TARGETS)
 
 
 @targets
