@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from .tvm_cpu_tiles import (
     int_tile,
     panel_tile,
 )
+
+_STACK_ARRAY_BYTES = 1023  # TVM keeps larger arrays in workspaces
 
 
 def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
@@ -198,9 +201,37 @@ def _unit(c: Context, unit: Any, row0: Any, compute: Callable[..., None]) -> Non
 
 def _finish(c: Context, tile: Tile, row0: Any, column: Any, up: Tile | None) -> None:
     """Emit bias, gate, residual and the stores; columns past N and rows past M are not touched."""
+    spec, lanes = c.spec, c.isa.lanes
+    plain = spec.n_out % BLOCK == 0 and not (spec.pair or spec.softcap)
+    if c.rows > 1 and not plain:
+        _finish_in_a_loop(c, tile, row0, column, up)
+        return
     for r in range(c.rows):
         with tir.when(row0 + r < c.kernel["m"]):
             for v in range(c.vectors):
                 second = up.get(r, v) if up else None
-                at = tir.let(column + v * c.isa.lanes)
+                at = tir.let(column + v * lanes)
                 finish_vector(c, tir.let(row0 + r), at, tile.get(r, v), second)
+
+
+def _finish_in_a_loop(c: Context, tile: Tile, row0: Any, column: Any, up: Tile | None) -> None:
+    """Emit the same by way of memory: an epilogue of many instructions, once and not for every vector."""
+    lanes, width = c.isa.lanes, c.vectors * c.isa.lanes
+    chunks = -(-c.rows // (_STACK_ARRAY_BYTES // (4 * width)))
+    most = -(-c.rows // chunks)
+    for start in range(0, c.rows, most):
+        count = min(most, c.rows - start)
+        parts = [tile, up] if up else [tile]
+        held = [tir.local("float32", count * width) for _ in parts]
+        for (r, v), (part, memory) in itertools.product(
+            itertools.product(range(count), range(c.vectors)), zip(parts, held)
+        ):
+            tir.store(memory, r * width + v * lanes, part.get(start + r, v))
+        first_row = tir.let(row0 + start)
+        present = tir.let(T.max(T.min(c.kernel["m"] - first_row, T.int64(count)), T.int64(0)))
+        with tir.loop(present) as r, tir.loop(c.vectors) as v:
+            cells = [tir.Register("float32", lanes) for _ in parts]  # TVM would load a bound value twice
+            for cell, memory in zip(cells, held):
+                cell.set(tir.load(memory, r * width + v * lanes, lanes))
+            second = cells[1].get() if up else None
+            finish_vector(c, tir.let(first_row + r), tir.let(column + v * lanes), cells[0].get(), second)
