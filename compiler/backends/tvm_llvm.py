@@ -68,8 +68,11 @@ def versions() -> str:
         raise BuildError(available()) from error
 
 
-def compile_module(functions: list[Any], target: Target) -> Any:
-    """Compile PrimFuncs for `target` and return TVM's executable. Raises BuildError with TVM's text."""
+def compile_module(functions: list[Any], target: Target, level: int = 3) -> Any:
+    """Compile PrimFuncs for `target` and return TVM's executable. Raises BuildError with TVM's text.
+
+    `level` is LLVM's -O; 0 takes a third of the time, for checks of what is computed, not how fast.
+    """
     if problem := available():
         raise BuildError(problem)
     if lacking := sorted(_needed(target.isa) - target.features):
@@ -79,8 +82,9 @@ def compile_module(functions: list[Any], target: Target) -> Any:
 
     _require_known_cpu(_llvm_target(target))
     module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})
+    options = _llvm_target(target) | ({} if level == 3 else {"opt-level": level})
     try:
-        return tvm.compile(module, tvm.target.Target(_llvm_target(target)), tir_pipeline=_pipeline())
+        return tvm.compile(module, tvm.target.Target(options), tir_pipeline=_pipeline())
     except Exception as error:
         raise BuildError(f"TVM could not compile for {target.name}: {str(error).strip()[-600:]}") from error
 

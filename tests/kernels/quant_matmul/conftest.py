@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from edgeformer.compiler.target import ISA_FEATURES, detect
+from edgeformer.compiler.target import ISA_FEATURES, Target, detect
 from edgeformer.kernels.quant_matmul import (
     OPERATOR,
     TVM_CPU,
@@ -128,7 +128,18 @@ def assert_rows_close(got: torch.Tensor, want: torch.Tensor) -> None:
 def compare(
     isa: str, spec: QuantMatmulSpec, weight: CanonicalWeight, rows: tuple[int, ...], guarded: Guarded
 ) -> None:
-    call, packed = bound(isa, spec), pack(weight, detect().with_isa(isa), pair=spec.pair)
+    compare_call(bound(isa, spec), detect().with_isa(isa), spec, weight, rows, guarded)
+
+
+def compare_call(
+    call: Callable[..., torch.Tensor],
+    target: Target,
+    spec: QuantMatmulSpec,
+    weight: CanonicalWeight,
+    rows: tuple[int, ...],
+    guarded: Guarded,
+) -> None:
+    packed = pack(weight, target, pair=spec.pair)
     for m in rows:
         x, bias, residual = inputs(spec, m)
         guarded.prepare()

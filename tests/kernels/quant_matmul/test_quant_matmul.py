@@ -72,16 +72,6 @@ def covering() -> Iterator[Any]:
         yield pytest.param(isa, spec, marks=[pytest.mark.slow] * again, id=name)
 
 
-def product() -> Iterator[Any]:
-    """The whole product of options, without what the kernels do not tell apart."""
-    for isa, fmt, act, dtype, epilogue in itertools.product(
-        HERE, FORMATS, ("int8", "bfloat16", "float"), DTYPES, EPILOGUES
-    ):
-        if not (FORMATS[fmt][0].is_float and act == "int8") and (act != "bfloat16" or isa in UNITS):
-            spec = make_spec(fmt, act, dtype, epilogue)
-            yield pytest.param(isa, spec, id=f"{isa}-{spec.key().replace(' ', '-')}")
-
-
 @pytest.mark.parametrize(("isa", "spec"), list(covering()))
 def test_against_the_reference(isa: str, spec: QuantMatmulSpec, guarded: Guarded) -> None:
     compare(isa, spec, random_weight(spec), ROWS, guarded)
@@ -90,12 +80,6 @@ def test_against_the_reference(isa: str, spec: QuantMatmulSpec, guarded: Guarded
     x, bias, residual = inputs(spec, 0)
     packed = pack(random_weight(spec), detect().with_isa(isa), pair=spec.pair)
     assert bound(isa, spec)(x, packed, bias, residual).shape == (0, spec.n_out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("isa", "spec"), list(product()))
-def test_whole_product(isa: str, spec: QuantMatmulSpec, guarded: Guarded) -> None:
-    compare(isa, spec, random_weight(spec), (*ROWS, 15, 16, 513), guarded)
 
 
 # The specs below are built once for each composition and shared by the tests.
