@@ -45,7 +45,12 @@ def prebuild(wanted: Sequence[tuple[str, Form, Any]], target: Target, *, worth: 
     """
     if tvm_llvm.available() or tvm_llvm.linker(target) is None:
         return 0
-    missing = [_job(*item, target) for item in dict.fromkeys(wanted) if not launch.is_built(*item, target)]
+    missing = [job_of(*item, target) for item in dict.fromkeys(wanted) if not launch.is_built(*item, target)]
+    return build_all(missing, worth=worth)
+
+
+def build_all(missing: Sequence[Job], *, worth: int = WORTH) -> int:
+    """Build the kernels of these jobs, in their order, under the conditions of `prebuild`."""
     workers = min(available_cores(), available_memory() // (2 * _MEMORY_BYTES), len(missing))
     if len(missing) < worth or workers < 2:
         return 0
@@ -71,7 +76,8 @@ def prebuild(wanted: Sequence[tuple[str, Form, Any]], target: Target, *, worth: 
     return sum(built)
 
 
-def _job(operator: str, form: Form, spec: Any, target: Target) -> Job:
+def job_of(operator: str, form: Form, spec: Any, target: Target) -> Job:
+    """Return the job that builds a problem's kernel in its default configuration."""
     module = type(spec).__module__.rpartition(".")[0]  # kernels.<operator>.spec
     attribute = "OPERATOR" if hasattr(importlib.import_module(module), "OPERATOR") else "TVM_CPU"
     return Job(operator, module, attribute, form.name, spec, target)

@@ -54,13 +54,13 @@ def test_what_is_built_ahead_is_only_loaded_later() -> None:
 
 @pytest.mark.skipif(tvm_llvm.linker(detect()) is None, reason="needs a linker")
 def test_a_child_that_fails_leaves_its_kernel_to_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prebuild._job
+    job = prebuild.job_of
 
     def broken(operator, form, spec, target):
         found = job(operator, form, spec, target)
         return dataclasses.replace(found, module="no.such.module") if spec is SPECS[0] else found
 
-    monkeypatch.setattr(prebuild, "_job", broken)
+    monkeypatch.setattr(prebuild, "job_of", broken)
     assert prebuild.prebuild(WANTED, detect(), worth=2) == 1
     assert not launch.is_built(*WANTED[0], detect())
     run(SPECS[0])
