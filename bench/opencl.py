@@ -2,13 +2,16 @@
 
 A class is a largest work-group (64, 128, 256), a local memory (16, 32 KiB) and a subgroup (8 to 64). For
 each, the source is generated and held to the rules: work-group and local memory within the class, whole
-subgroups, no array in private memory, and neighbours that read neighbouring vectors of 16 bytes where most of
-the bytes come from (weights, keys, values). The same schedules are generated as Metal and WebGPU source.
+subgroups of every size, no operation of subgroups (which a device may lack, and whose size a driver may
+choose), no array in private memory, and in every size of subgroup neighbours that read neighbouring vectors
+of 16 bytes where most of the bytes come from (weights, keys, values). The same schedules are generated as
+Metal and WebGPU source.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +31,11 @@ from ..kernels.quant_matmul import QuantMatmulSpec, WeightFormat
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.sampling.spec import SamplingSpec
 from ..runtime.registry import operators
-from .opencl_loads import neighbours
+from .opencl_loads import kernels, neighbours
 
 IN_A_ROW = 8  # vectors of 16 bytes: 128 bytes, a line of a GPU's memory
-DOMINANT = {"quant_matmul": ("w",), "attention": ("k", "v")}  # the buffers that most bytes come from
+_SUBGROUP = re.compile(r"\b(?:intel_)?sub_group_\w+\s*\(")
+DOMINANT = {"quant_matmul": ("w",), "attention": ("k", "v", "parts")}  # the buffers that most bytes come from
 
 _FORMATS = {
     "int4": WeightFormat.int4(),
@@ -73,7 +77,8 @@ def check(operator: Operator, spec: Any, label: str, target: Target) -> list[dic
         functions = form.lower(spec, form.space(spec, target)[0], target) if form.lower else []
         source = tvm_opencl.generate(functions)
         facts = {f.name: f for f in tvm_opencl.inspect(source)}
-        runs = neighbours(source, SUBGROUPS[-1])
+        runs = {size: neighbours(source, size) for size in SUBGROUPS}
+        operations = {name: len(_SUBGROUP.findall(body)) for name, _, body in kernels(source)}
     except BuildError as error:
         return [{**base, "kernel": "", "problems": [str(error)]}]
     rows = []
@@ -85,8 +90,11 @@ def check(operator: Operator, spec: Any, label: str, target: Target) -> list[dic
             "work_group": found.work_group,
             "local_bytes": found.local_bytes,
             "private_arrays": found.private_arrays,
+            "subgroup_operations": operations[found.name],
             "in_a_row": {
-                buffer: runs.get((found.name, buffer), 0) for buffer in DOMINANT.get(operator.name, ())
+                buffer: {size: runs[size].get((found.name, buffer), 0) for size in SUBGROUPS}
+                for buffer in DOMINANT.get(operator.name, ())
+                if any(argument in (buffer, f"{buffer}_ptr") for argument, _ in found.arguments)
             },
         }
         rows.append({**row, "problems": broken(row, target)})
@@ -103,9 +111,12 @@ def broken(row: dict[str, Any], target: Target) -> list[str]:
         wrong.append(f"{row['local_bytes']} bytes of local memory")
     if row["private_arrays"]:
         wrong.append(f"{row['private_arrays']} arrays in private memory")
-    for buffer, run in row["in_a_row"].items():
-        if run < IN_A_ROW:
-            wrong.append(f"{run} neighbours that read {buffer} in a row")
+    if row["subgroup_operations"]:
+        wrong.append(f"{row['subgroup_operations']} operations of subgroups")
+    for buffer, by_size in row["in_a_row"].items():
+        for size, run in by_size.items():
+            if run < min(size, IN_A_ROW):
+                wrong.append(f"{run} neighbours of {size} that read {buffer} in a row")
     if row["work_group"] % SUBGROUPS[-1]:
         wrong.append("a work-group that is not whole subgroups")
     return wrong
@@ -126,16 +137,20 @@ def languages(functions: list[Any]) -> dict[str, str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the figures as Markdown, one line a kernel and (work-group, local memory)."""
     lines = [
-        "| operator | problem | kernel | class | work-group | local bytes | private arrays | in a row |",
-        "|---|---|---|---|---|---|---|---|",
+        "| operator | problem | kernel | class | work-group | local bytes | private arrays "
+        "| subgroup operations | in a row |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["operator"], row["problem"], row["kernel"], row["target"].rsplit(".", 1)[0]]
         if "work_group" not in row:
-            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | | |")
+            lines.append(f"| {' | '.join(cells)} | declined: {row['problems'][0]} | | | | |")
             continue
-        in_a_row = ", ".join(f"{buffer} {run}" for buffer, run in row["in_a_row"].items())
-        figures = [row["work_group"], row["local_bytes"], row["private_arrays"], in_a_row]
+        in_a_row = ", ".join(
+            f"{buffer} {' '.join(map(str, runs.values()))}" for buffer, runs in row["in_a_row"].items()
+        )
+        figures = [row["work_group"], row["local_bytes"], row["private_arrays"], row["subgroup_operations"]]
+        figures.append(in_a_row)
         lines.append(f"| {' | '.join(map(str, [*cells, *figures]))} |")
     return "\n".join(lines) + "\n"
 
@@ -173,8 +188,9 @@ def main() -> None:
             print(f"  {' '.join(key)}: {reason}")
     if options.table:
         head = f"{tvm_opencl.versions()}; written by `make opencl-table`. "
-        head += "Subgroups of 8 to 64 run the same code.\n"
-        head += "In a row: how many of 64 neighbours read 16 bytes that lie one behind the other.\n\n"
+        head += "Subgroups of 8 to 64 run the same code: no kernel uses their operations, and every "
+        head += "work-group is whole ones.\nIn a row: how many neighbours of a subgroup of 8, 16, 32 and 64 "
+        head += "read 16 bytes that lie one behind the other.\n\n"
         options.table.write_text(head + table(rows))
     sys.exit(any(row["problems"] for row in rows))
 

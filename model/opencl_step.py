@@ -13,6 +13,7 @@ from ..kernels.attention import OPERATOR as ATTENTION
 from ..kernels.attention import AttentionSpec
 from ..kernels.attention.append import OPERATOR as APPEND
 from ..kernels.attention.append import AppendSpec
+from ..kernels.attention.opencl import parts_shape, splits_of
 from ..kernels.embedding import OPERATOR as EMBEDDING
 from ..kernels.embedding.spec import EmbeddingSpec
 from ..kernels.norm import OPERATOR as NORM
@@ -116,12 +117,14 @@ class DeviceStep:
         self._attention = {w: self._bind_attention(c, w) for w in {bool(b.window) for b in self._blocks}}
         self._held: dict[str, DeviceTensor] = {}
 
-    def _bind_attention(self, c: ModelConfig, window: bool) -> Callable[..., None]:
+    def _bind_attention(
+        self, c: ModelConfig, window: bool
+    ) -> tuple[Callable[..., None], AttentionSpec]:  # fmt: skip
         spec = AttentionSpec(
             c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim, kv_dtype=KV_NAMES[self.kv],
             mask="causal_lengths", layout="vectors", window=window, softcap=bool(c.attention_softcap),
         )  # fmt: skip
-        return bound(ATTENTION, spec, FORM)
+        return bound(ATTENTION, spec, FORM), spec
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> DeviceTensor:
         """Return a tensor that is kept from step to step, and grows when it has to."""
@@ -195,9 +198,15 @@ class DeviceStep:
             (heads, row_st, keys_first), held, *kv, rows, tokens, position, c.num_kv_heads, cache.slots
         )
         attended = self.buffer("attended", rows, keys_first).buffer
-        self._attention[bool(block.window)](
+        attention, spec = self._attention[bool(block.window)]
+        keys, parts = min(position + 1, block.window or position + 1), None
+        units = self.session.limits.compute_units
+        splits = splits_of(spec, units, batch, keys) if tokens == 1 else 1
+        if splits > 1:
+            parts = self.buffer("parts", *parts_shape(spec, batch, splits)).buffer
+        attention(
             heads, *kv, pads, attended, batch, tokens, position, row_st, cache.slots, window=block.window,
-            scale=c.scale, softcap=c.attention_softcap,
+            scale=c.scale, softcap=c.attention_softcap, splits=splits, parts=parts,
         )  # fmt: skip
         self._add(block.o, block.attn_post_norm, attended, x, other, rows)
         block.mlp_norm(other, normed, rows)

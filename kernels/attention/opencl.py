@@ -68,6 +68,21 @@ def rows_of(spec: AttentionSpec) -> int:
     return heads_of(spec) * queries_of(spec)
 
 
+KEYS_A_SPLIT = 256  # a work-group with fewer keys would spend its time on starting and on the sum
+_WAVES = 4  # work-groups a compute unit needs to hide the memory's latency
+
+
+def splits_of(spec: AttentionSpec, units: int, batch: int, keys: int) -> int:
+    """Return how many work-groups share one query's keys, so that each of the device's units has some."""
+    groups = batch * spec.num_heads // heads_of(spec)
+    return max(1, min(-(-_WAVES * units // groups), keys // KEYS_A_SPLIT))
+
+
+def parts_shape(spec: AttentionSpec, batch: int, splits: int) -> tuple[int, int, int]:
+    """Return the shape of the buffer `parts` (fp32) that a call with so many splits needs."""
+    return batch * spec.num_heads, splits, spec.head_dim + 4
+
+
 def lower(spec: AttentionSpec, configuration: Configuration, target: Target) -> list[Any]:
     """Return the kernels."""
     from .tvm_opencl import lower as emit
@@ -80,32 +95,47 @@ def bind(
 ) -> Callable[..., None]:
     """Return `call(q, k, v, k_scale, v_scale, pads, out, batch, tokens, position, q_st, slots, ...)`.
 
+    With `splits` over 1 so many work-groups share the keys of one query, and `parts` takes their sums.
+
     q fp32: token t of sequence b at (b * tokens + t) * q_st, heads side by side; k and v of `slots` slots a
     sequence and head; pads int32 [batch] slots at the left that hold nothing; out fp32 [batch * tokens,
     Hq * D]; all are cl buffers.
     Also `window`, `scale` and `softcap` where the spec has them.
     """
     decode, prefill = library.function("decode"), library.function("prefill")
+    split, combine = library.function("split"), library.function("combine")
+    lanes, quads = configuration["lanes"], spec.head_dim // 4
     groups, queries = spec.num_heads // heads_of(spec), queries_of(spec)
 
     def call(
         q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, pads: Any, out: Any, batch: int, tokens: int,
         position: int, q_st: int, slots: int, window: int = 0, scale: float | None = None,
-        softcap: float = 0.0,
+        softcap: float = 0.0, splits: int = 1, parts: Any = None,
     ) -> None:  # fmt: skip
-        kernel, blocks = (decode, tokens) if tokens == 1 else (prefill, -(-tokens // queries))
-        kernel(
-            (blocks, groups * batch), q=q, k=k, v=v, k_scale=k_scale, v_scale=v_scale, pads=pads, out=out,
-            tokens=tokens, position=position, q_st=q_st, slots=slots, window=window, softcap=softcap,
-            scale=spec.head_dim**-0.5 if scale is None else scale,
-        )  # fmt: skip
+        common = {
+            "q": q, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "pads": pads, "tokens": tokens,
+            "position": position, "q_st": q_st, "slots": slots, "window": window, "softcap": softcap,
+            "scale": spec.head_dim**-0.5 if scale is None else scale,
+        }  # fmt: skip
+        if tokens > 1:
+            prefill((-(-tokens // queries), groups * batch), out=out, **common)
+        elif splits == 1:
+            decode((1, groups * batch), out=out, **common)
+        else:
+            seen = min(position + 1, window + lanes) if spec.window else position + 1
+            each = -(-seen // (lanes * splits))
+            split((splits, groups * batch), out=parts, splits=splits, tiles_each=each, **common)
+            count = batch * spec.num_heads * quads
+            grid = (-(-count // lanes), 1)
+            combine(grid, parts=parts, numbers=parts, out=out, count=count, splits=splits)
 
     return call
 
 
 def run(
-    spec: AttentionSpec, session: Any, call: Callable[..., None], tokens: int, position: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    spec: AttentionSpec, session: Any, call: Callable[..., None], tokens: int, position: int, seed: int = 0,
+    splits: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (what the device computes, the reference) for two sequences, the second padded on the left.
 
     Slots that no query sees hold NaN, and so does the output before.
@@ -133,6 +163,8 @@ def run(
     given = [session.upload(t).buffer for t in (q, lay_keys(k, spec.kv_dtype), v, *scales, pads)]
     out = session.upload(torch.full((2, tokens, heads, dim), torch.nan))
     numbers = {name: value for name, value in options.items() if not name.endswith("scale")}
+    parts = session.upload(torch.full(parts_shape(spec, 2, splits), torch.nan))
+    numbers |= {"splits": splits, "parts": parts.buffer}
     call(*given, out.buffer, 2, tokens, position, heads * dim, slots, **numbers)
     right, _ = attention(
         spec, q.transpose(1, 2), lay_keys(k, spec.kv_dtype), v, tk=tk, lengths=tk - pads, **options
@@ -141,12 +173,13 @@ def run(
 
 
 def verify(spec: AttentionSpec, configuration: Configuration, session: Any, library: Any) -> str:
-    """Compare decode and prefill with the reference."""
+    """Compare decode, with its keys in one part and in several, and prefill with the reference."""
     call = bind(spec, configuration, None, library)  # pyright: ignore[reportArgumentType]
-    for tokens, position in ((1, 0), (1, 150), (9, 0), (5, 70)):
-        if problem := wrong(
-            *run(spec, session, call, tokens, position), 1e-5, f"attention of {tokens} queries"
-        ):
+    cases = ((1, 0, 1), (1, 150, 1), (1, 150, 3), (1, 716, 2), (1, 716, 5), (9, 0, 1), (5, 70, 1))
+    for tokens, position, splits in cases:
+        got, right = run(spec, session, call, tokens, position, splits=splits)
+        what = f"attention of {tokens} queries at {position}, keys in {splits} parts,"
+        if problem := wrong(got, right, 1e-5, what):
             return problem
     return ""
 

@@ -113,6 +113,28 @@ def test_a_device_that_is_gone(device: Any, target: Target, monkeypatch: pytest.
         held.read()
 
 
+def test_a_device_that_is_gone_in_the_middle_of_a_step(
+    device: Any, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyopencl as cl
+
+    form = OPERATOR.form("tvm_opencl")
+    program = opencl.load(OPERATOR, form, SPEC, form.space(SPEC, target)[0], target)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise cl.RuntimeError("clEnqueueNDRangeKernel", -5, "out of resources")
+
+    held = [device.upload(torch.ones(64)).buffer for _ in range(3)]
+    call = form.bind(SPEC, form.space(SPEC, target)[0], target, program)
+    for kernel in program._kernels.values():
+        monkeypatch.setattr(kernel, "_kernel", gone)
+    with pytest.raises(DeviceError, match="did not take"):
+        call(*held, 64)
+    monkeypatch.undo()
+    call(*held, 64)  # the session and its programs stay usable
+    device.finish()
+
+
 def test_more_than_the_device_allocates(device: Any) -> None:
     with pytest.raises(CapacityError, match="allocates at once"):
         device.empty(device.limits.allocation_bytes // 4 + 1)

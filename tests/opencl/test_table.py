@@ -27,11 +27,15 @@ def test_the_rules_see_what_is_wrong() -> None:
         "work_group": 100,
         "local_bytes": 1 << 15,
         "private_arrays": 2,
-        "in_a_row": {"w": 1},
+        "subgroup_operations": 1,
+        "in_a_row": {"w": {64: 1}},
     }
-    assert len(table.broken(row, target)) == 5
-    good = {"work_group": 64, "local_bytes": 0, "private_arrays": 0, "in_a_row": {"k": 8}}
+    assert len(table.broken(row, target)) == 6
+    good = row | {"work_group": 64, "local_bytes": 0, "private_arrays": 0, "subgroup_operations": 0}
+    good["in_a_row"] = {"k": {8: 8, 64: 8}}
     assert table.broken(good, target) == []
+    good["in_a_row"] = {"k": {8: 4, 64: 8}}
+    assert table.broken(good, target) == ["4 neighbours of 8 that read k in a row"]
 
 
 KERNEL = """
