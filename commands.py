@@ -25,7 +25,7 @@ from .cli_options import (
     Trust,
     value,
 )  # fmt: skip
-from .console import DIRECTML, megabytes, print_directml, print_facts, print_plan, stderr
+from .console import DIRECTML, megabytes, print_directml, print_facts, print_needed, print_plan, stderr
 
 TextFile = Annotated[Path | None, typer.Option("--text", "-f", help="A UTF-8 text; default: a licence's.")]
 EvalTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of the text.")]
@@ -53,10 +53,19 @@ def compile_folder(
 
     `--target directml` writes an ONNX model instead, for DirectML on Windows (fp32 or fp16 by --kv).
     """
+    if dry_run and target == DIRECTML:
+        from .model.loading import open_checkpoint
+        from .model.onnx_plan import plan_onnx
+
+        print_needed(
+            plan_onnx(
+                open_checkpoint(model), context=context, kv=value(kv) or "fp32", quantize=value(quantize),
+                activation=activation.value,
+            )
+        )  # fmt: skip
+        return
     if dry_run:
-        here = "auto" if target == DIRECTML else target
-        kind = value(kv) or ("fp32" if target == DIRECTML else "bf16")
-        print_plan(model, here, context, kind, value(quantize), runs_here=False)
+        print_plan(model, target, context, value(kv) or "bf16", value(quantize), runs_here=False)
         return
     from .model.compile_folder import compile_model
 

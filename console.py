@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .model.generate import LanguageModel
+    from .model.plan import MemoryPlan
 
 
 DIRECTML = "directml"  # a target of `compile` that is a tool chain, not a device
@@ -92,15 +93,20 @@ def print_plan(
     runs_here: bool = True,
 ) -> None:  # fmt: skip
     """Say what a model needs; CapacityError when that does not fit, TargetError when it cannot run here."""
-    from .bench.device import free_memory
     from .compiler.target import Target
     from .model.loading import plan
-    from .model.plan import require_memory
 
     parsed = Target.parse(target)
     if runs_here:
         parsed.require_runnable()
-    needed = plan(path, context, kv, quantize, trust=trust)
+    print_needed(plan(path, context, kv, quantize, trust=trust))
+
+
+def print_needed(needed: MemoryPlan) -> None:
+    """Say how much memory a plan takes; CapacityError when that is not free."""
+    from .bench.device import free_memory
+    from .model.plan import require_memory
+
     for name in ("weights", "kv", "workspace", "total"):
         typer.echo(f"{name:10} {megabytes(getattr(needed, name)):>12}")
     typer.echo(f"{'context':10} {needed.context:>12}")

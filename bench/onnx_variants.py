@@ -18,6 +18,7 @@ import numpy as np
 import typer
 
 from ..compiler.backends.onnx_graph import Graph, require
+from ..compiler.measure import Sample
 from ..model.config import ModelConfig
 from ..model.loading import open_checkpoint
 from ..model.onnx_decoder import (
@@ -35,20 +36,13 @@ from ..model.onnx_model import LONG
 from ..runtime.onnx_session import DecoderSession
 
 CONTEXT = 1024
-Change = Callable[[Any], None]
-
-
-def no_zeros(model: Any) -> None:
-    """Leave out zero points: MatMulNBits takes the middle, 8 or 128, which is right without minima."""
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            del node.input[3:]
+Change = Callable[[Any, Path], None]  # of a model whose tensors lie in a folder
 
 
 def level(number: int) -> Change:
-    """Another accuracy level: 1 fp32 activations, 2 fp16, 3 bf16, 4 int8."""
+    """Another accuracy level: 0 and 1 fp32 activations, 2 fp16, 3 bf16, 4 int8."""
 
-    def change(model: Any) -> None:
+    def change(model: Any, folder: Path) -> None:
         for node in model.graph.node:
             for attribute in node.attribute:
                 if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
@@ -57,50 +51,101 @@ def level(number: int) -> Change:
     return change
 
 
-def packed_attention(model: Any) -> None:
-    """Queries, keys and values as one input, turned inside of GroupQueryAttention (no DirectML kernel)."""
-    helper, by_output, drop = require("onnx").helper, {}, []
-    for node in model.graph.node:
-        by_output |= dict.fromkeys(node.output, node)
-    for node in model.graph.node:
-        if node.op_type != "GroupQueryAttention":
-            continue
-        split = by_output[node.input[0]]
-        turned = by_output[split.input[0]]
-        first = by_output[turned.input[0]]
-        node.input[0], node.input[1], node.input[2] = first.input[0], "", ""
-        node.input.extend(turned.input[2:4])
-        node.attribute.append(helper.make_attribute("do_rotary", 1))
-        drop += [split, turned, first]
-    for node in drop:
-        model.graph.node.remove(node)
-
-
-def no_rest(model: Any) -> None:
+def no_rest(model: Any, folder: Path) -> None:
     """Round minima to whole zero points, as ONNX Runtime's own quantiser does: other values, fewer nodes."""
-    by_output = {name: node for node in model.graph.node for name in node.output}
-    for node in list(model.graph.node):
-        product, rest = (by_output.get(name) for name in (*node.input[:2], "", "")[:2])
-        if node.op_type != "Add" or product is None or rest is None or rest.op_type != "MatMul":
-            continue
-        if product.op_type == "MatMulNBits" and rest.input[1].endswith(".rest"):
-            product.output[0] = node.output[0]
+    for product, rest, both in _minima(model):
+        product.output[0] = both.output[0]
+        for node in (both, rest):
             model.graph.node.remove(node)
-            model.graph.node.remove(rest)
 
 
-VARIANTS: dict[str, tuple[Change, ...]] = {
-    "ours": (),  # int8 for short chunks, fp32 for long ones
-    "int8 activations": (),
-    "without zero points": (no_zeros,),
-    "packed attention": (packed_attention,),
-    "packed, without zero points": (packed_attention, no_zeros),
-    "fp32 activations": (level(1),),
-    "rounded minima": (no_rest,),
-    "packed, rounded minima": (packed_attention, no_rest),
+def float_zeros(model: Any, folder: Path) -> None:
+    """Zero points as floats, which hold any minimum and need no second product."""
+    onnx, tensors = require("onnx"), {t.name: t for t in model.graph.initializer}
+
+    def read(name: str) -> np.ndarray:
+        return onnx.numpy_helper.to_array(tensors[name], str(folder))
+
+    rests = {product.name: rest.input[1] for product, rest, _ in _minima(model)}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        scales, eight = read(node.input[2]), any(a.name == "bits" and a.i == 8 for a in node.attribute)
+        zeros = np.full_like(scales, 128 if eight else 8)
+        if len(node.input) > 3:
+            packed = read(node.input[3])
+            both = packed if eight else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+            zeros = both[:, : scales.shape[1]].astype(np.float32)
+        if node.name in rests:
+            zeros = zeros - np.divide(read(rests[node.name]).T, scales, where=scales != 0)
+        name = f"{node.name}/floats"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(zeros.astype(np.float32), name))
+        del node.input[3:]
+        node.input.append(name)
+    no_rest(model, folder)
+
+
+def _minima(model: Any) -> list[tuple[Any, Any, Any]]:
+    """Return (the product, what its minima add, the node that adds it) of every weight with minima."""
+    by_output, found = {name: node for node in model.graph.node for name in node.output}, []
+    for node in model.graph.node:
+        product, rest = (by_output.get(name) for name in (*node.input[:2], "", "")[:2])
+        kinds = [node.op_type, *(one.op_type for one in (product, rest) if one is not None)]
+        if kinds == ["Add", "MatMulNBits", "MatMul"] and rest.input[1].endswith(".rest"):
+            found.append((product, rest, node))
+    return found
+
+
+def split_products(model: Any, folder: Path) -> None:
+    """Gate and up as two products: rows of one tensor are two tensors at other places of the file."""
+    onnx, tensors = require("onnx"), {t.name: t for t in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type != "MatMulNBits" or not node.name.endswith("gate_up/matmul"):
+            continue
+        split = next(n for n in model.graph.node if node.output[0] in n.input)
+        for part, output in enumerate(split.output):
+            own = onnx.NodeProto()
+            own.CopyFrom(node)
+            own.name, own.output[0] = f"{node.name}.{part}", output
+            rows = next(a for a in own.attribute if a.name == "N")
+            rows.i //= 2
+            for at in range(1, len(own.input)):
+                half = _half(onnx, tensors[own.input[at]], part)
+                model.graph.initializer.append(half)
+                own.input[at] = half.name
+            model.graph.node.insert(list(model.graph.node).index(node), own)
+        model.graph.node.remove(node)
+        model.graph.node.remove(split)
+
+
+def _half(onnx: Any, tensor: Any, part: int) -> Any:
+    """Return the first or second half of an external tensor's rows."""
+    made = onnx.TensorProto()
+    made.CopyFrom(tensor)
+    made.name, made.dims[0] = f"{tensor.name}.{part}", tensor.dims[0] // 2
+    place = {entry.key: entry for entry in made.external_data}
+    length = int(place["length"].value) // 2
+    place["offset"].value = str(int(place["offset"].value) + part * length)
+    place["length"].value = str(length)
+    return made
+
+
+# name -> (which of our graphs, changes). "ours" is the folder: int8 for short chunks, fp32 for long ones.
+VARIANTS: dict[str, tuple[str, tuple[Change, ...]]] = {
+    "ours": ("cpu", ()),
+    "int8 activations": ("cpu", ()),
+    "int8, gate and up apart": ("cpu", (split_products,)),
+    "int8, DirectML's nodes": ("directml", ()),
+    "int8, float zero points": ("cpu", (float_zeros,)),
+    "fp32 activations": ("cpu", (level(1),)),
+    "accuracy level 0": ("cpu", (level(0),)),
+    "fp32, DirectML's nodes": ("directml", (level(1),)),
+    "int8, rounded minima": ("cpu", (no_rest,)),
+    "fp32, rounded minima": ("cpu", (level(1), no_rest)),
 }
-SYMMETRIC = ("without zero points", "packed, without zero points")  # another model where there are minima
-MINIMA = ("rounded minima", "packed, rounded minima")
+WITHOUT_MINIMA = ("int8, gate and up apart",)  # columns of a matrix are no piece of the file
+MINIMA = ("int8, rounded minima", "fp32, rounded minima")  # other values
+SLOW = ("int8, float zero points", "accuracy level 0")  # shown to be, and left out unless asked for
 
 
 class Runner:
@@ -167,22 +212,29 @@ def main(
         folder = Path(name)
         with open(folder / "weights.bin", "wb") as file:
             graph = Graph(file, "weights.bin")
-            build_graph(graph, checkpoint, GraphOptions(CONTEXT))
-        made = graph.model("decoder", {}).SerializeToString()
-        minima = any(t.name.endswith(".rest") for t in graph.model("decoder", {}).graph.initializer)
+            held = build_graph(graph, checkpoint, GraphOptions(CONTEXT))
+            sibling = graph.sibling()
+            build_graph(sibling, checkpoint, GraphOptions(CONTEXT, cpu=True), held=held)
+        made = {
+            name: one.model("decoder", {}).SerializeToString()
+            for name, one in (("directml", graph), ("cpu", sibling))
+        }
+        minima = any(product.rest for product in held.values())
         runners: dict[str, Runner | GenaiRunner] = {}
-        for variant, changes in VARIANTS.items():
-            if (only and variant not in only) or variant in (SYMMETRIC if minima else MINIMA):
+        for variant, (base, changes) in VARIANTS.items():
+            if variant not in (only or VARIANTS) or variant in (WITHOUT_MINIMA if minima else MINIMA):
                 continue
-            proto = onnx.load_model_from_string(made)
+            if variant in SLOW and not only:
+                continue
+            proto = onnx.load_model_from_string(made[base])
             for change in changes:
-                change(proto)
+                change(proto, folder)
             path = folder / f"{len(runners)}.onnx"
             path.write_bytes(proto.SerializeToString())
             long = folder / "long.onnx" if variant == "ours" else None
             if long is not None:
-                exact = onnx.load_model_from_string(made)
-                level(1)(exact)
+                exact = onnx.load_model_from_string(made["cpu"])
+                level(1)(exact, folder)
                 long.write_bytes(exact.SerializeToString())
             runners[variant] = Runner(path, config, threads, long)
         if genai is not None:
@@ -205,15 +257,18 @@ def main(
                     times[variant]["tg"].append(time.perf_counter() - start)
     best = {kind: min(statistics.median(t[kind]) for t in times.values()) for kind in ("pp", "tg")}
     for variant, found in times.items():
-        pp, tg = (statistics.median(found[kind]) for kind in ("pp", "tg"))
-        line = (
-            f"{variant:28} pp{prompt} {prompt / pp:7.1f} tokens/s, {pp / best['pp']:.2f}x the best's time; "
-        )
-        line += f"tg {1 / tg:6.1f} tokens/s, {tg / best['tg']:.2f}x"
+        pp, tg = (Sample.of(found[kind]) for kind in ("pp", "tg"))
+        line = f"{variant:28} pp{prompt} {_rate(prompt, pp)}, {pp.seconds / best['pp']:.2f}x the best; "
+        line += f"tg {_rate(1, tg)}, {tg.seconds / best['tg']:.2f}x"
         if logits[variant] is not None:
             difference = np.linalg.norm(logits[variant] - logits["ours"]) / np.linalg.norm(logits["ours"])
             line += f"; logits {difference:.1e} from ours"
         typer.echo(line)
+
+
+def _rate(tokens: int, time: Sample) -> str:
+    """Tokens a second of the median, and how far the middle half of the runs lies apart."""
+    return f"{tokens / time.seconds:7.1f} tokens/s +- {time.spread / time.seconds:3.0%}"
 
 
 if __name__ == "__main__":

@@ -72,9 +72,14 @@ def plan(
 ) -> MemoryPlan:
     """The memory that ``load`` with these options needs; reads the header only, allocates nothing."""
     if is_compiled(path):
+        folder = open_folder(path, trust=trust)
+        if folder.kind == ONNX:
+            from .onnx_plan import plan_onnx_folder
+
+            return plan_onnx_folder(folder, context, kv)
         from .run_folder import plan_of
 
-        return plan_of(open_folder(path, trust=trust), context=context, kv=kv)
+        return plan_of(folder, context=context, kv=kv)
     kv = kv or "bf16"
     require_kv(kv)
     return plan_memory(open_checkpoint(path), context=context, kv=kv, quantize=quantize, batch=batch)

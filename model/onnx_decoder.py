@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..compiler.backends.onnx_graph import MICROSOFT, Graph
-from ..kernels.attention.onnx_form import CacheNames, Heads, attention
+from ..kernels.attention.onnx_form import CacheNames, Heads, attention, cpu_attention
 from ..kernels.embedding.onnx_form import rows
 from ..kernels.norm.onnx_form import add_and_norm, rms_norm
 from ..kernels.quant_matmul import CanonicalWeight
-from ..kernels.quant_matmul.onnx_form import add_weight, group_sums, product
+from ..kernels.quant_matmul.onnx_form import Product, add_weight, group_sums, product
 from ..kernels.rope.onnx_form import rotate
 from .config import ModelConfig
 from .decoder import Checkpoint
@@ -25,10 +25,14 @@ IDS, POSITIONS, SEQLENS, TOTAL, ROWS, LOGITS = (
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """``context`` tokens fit the cache. ``accuracy_level`` is MatMulNBits' (4: int8 activations; 1: fp32)."""
+    """``context`` tokens fit the cache. ``accuracy_level`` is MatMulNBits' (4: int8 activations; 1: fp32).
+
+    ``cpu``: nodes that ONNX Runtime's CPU provider is fastest with, which DirectML has no kernels for.
+    """
 
     context: int
     accuracy_level: int = 4
+    cpu: bool = False
 
 
 def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -39,9 +43,11 @@ def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def build_graph(
     graph: Graph, checkpoint: Checkpoint, options: GraphOptions,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:  # fmt: skip
-    """Write a decoder into ``graph``, one weight in memory at a time.
+    progress: Callable[[int, int], None] | None = None, held: dict[str, Product] | None = None,
+) -> dict[str, Product]:  # fmt: skip
+    """Write a decoder into ``graph``, one weight in memory at a time; return its weights' places.
+
+    ``held``, what this returned for a sibling of ``graph``, saves reading the weights again.
 
     Inputs: input_ids and position_ids int64 [1, T]; seqlens_k int32 [1], the row's tokens less one, and
     total_sequence_length int32 [1], both with this chunk; logit_rows int64 [R], the rows of the chunk that
@@ -65,33 +71,41 @@ def build_graph(
         tuple(graph.floats(f"{part}.{i}", table.numpy()) for part, table in zip(("cos", "sin"), pair))
         for i, pair in enumerate(tables)
     ]
+    held = {} if held is None else held
     weight = checkpoint.weight("embed")
-    table = add_weight(graph, "embed", weight)
+    table = held["embed"] = held.get("embed") or add_weight(graph, "embed", weight)
     x = rows(graph, ids, table, weight, c.embedding_scale)
     del weight
     delta = ""
     for i in range(c.num_layers):
-        x, delta = _Layer(graph, checkpoint, options, i).emit(x, delta, turns[c.rope_kind(i)])
+        x, delta = _Layer(graph, checkpoint, options, i, held).emit(x, delta, turns[c.rope_kind(i)])
         if progress is not None:
             progress(i + 1, c.num_layers)
     _, normed = add_and_norm(
         graph, x, delta, graph.floats("norm", checkpoint.vector("norm").numpy()), c.norm_eps
     )
-    head = table if c.tie_embeddings else add_weight(graph, "head", checkpoint.weight("head"))
+    if not c.tie_embeddings and "head" not in held:
+        held["head"] = add_weight(graph, "head", checkpoint.weight("head"))
     last = graph.node("Gather", normed, wanted, axis=1)
-    logits = product(graph, last, head, options.accuracy_level)
+    head = held["embed" if c.tie_embeddings else "head"]
+    logits = product(graph, last, head, options.accuracy_level, cpu=options.cpu)
     if c.logit_softcap:
         cap = graph.constant(c.logit_softcap, "float")
         logits = graph.node("Mul", graph.node("Tanh", graph.node("Div", logits, cap)), cap)
     graph.nodes("Cast", logits, outputs=[LOGITS], to=graph.onnx_type("float32"))
     graph.output(LOGITS, "float32", [1, "rows", c.vocab_size])
+    return held
 
 
 class _Layer:
     """One block: attention and gated MLP behind their norms."""
 
-    def __init__(self, graph: Graph, checkpoint: Checkpoint, options: GraphOptions, layer: int) -> None:
+    def __init__(
+        self, graph: Graph, checkpoint: Checkpoint, options: GraphOptions, layer: int,
+        held: dict[str, Product],
+    ) -> None:  # fmt: skip
         self.graph, self.checkpoint, self.options, self.layer = graph, checkpoint, options, layer
+        self.held = held
         self.config: ModelConfig = checkpoint.config
         self.at = f"layers.{layer}."
 
@@ -114,12 +128,20 @@ class _Layer:
     def _attention(self, x: str, turns: tuple[str, ...]) -> str:
         c, graph = self.config, self.graph
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        past, present = cache_names(self.layer)
+        names = CacheNames(*past, *present, SEQLENS, TOTAL, POSITIONS, self.options.context)
+        heads = Heads(
+            c.num_heads, c.num_kv_heads, c.head_dim, c.scale, self._window(), c.attention_softcap
+        )  # fmt: skip
         weights = [self.checkpoint.weight(self.at + part) for part in "qkv"]
         if values_apart([weight.format for weight in weights]):
             qk = self._linear(x, ("q", "k"), c.attention_bias, weights[:2])
             v = self._linear(x, ("v",), c.attention_bias, weights[2:])
         else:
             qkv = self._linear(x, ("q", "k", "v"), c.attention_bias, weights)
+            if self._cpu_attention and c.rotary == c.head_dim and c.head_dim % 16 == 0 and not c.qk_norm:
+                out = cpu_attention(graph, [qkv], names, heads, turns, c.rope_interleaved)
+                return self._linear(out, ("o",), c.o_bias)
             sizes = graph.constant([q_size + kv_size, kv_size])
             qk, v = graph.nodes("Split", qkv, sizes, axis=-1, outputs=2)
         if c.qk_norm:
@@ -129,12 +151,16 @@ class _Layer:
             rotary=c.rotary, interleaved=c.rope_interleaved,
         )  # fmt: skip
         q, k = graph.nodes("Split", qk, graph.constant([q_size, kv_size]), axis=-1, outputs=2)
-        past, present = cache_names(self.layer)
-        names = CacheNames(*past, *present, SEQLENS, TOTAL, POSITIONS, self.options.context)
-        heads = Heads(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.scale, self._window(), c.attention_softcap
-        )  # fmt: skip
-        return self._linear(attention(graph, q, k, v, names, heads), ("o",), c.o_bias)
+        if self._cpu_attention:
+            out = cpu_attention(graph, (q, k, v), names, heads)
+        else:
+            out = attention(graph, q, k, v, names, heads)
+        return self._linear(out, ("o",), c.o_bias)
+
+    @property
+    def _cpu_attention(self) -> bool:
+        """Whether GroupQueryAttention of the CPU provider is taken: heads of whole vectors, no window."""
+        return self.options.cpu and self.config.head_dim % 8 == 0 and not self._window()
 
     def _window(self) -> int:
         """The layer's window, 0 where it holds the whole cache."""
@@ -168,14 +194,16 @@ class _Layer:
     ) -> str:
         """The product with the rows of several matrices, one below the other."""
         graph, name = self.graph, self.at + "_".join(parts)
-        weights = weights or [self.checkpoint.weight(self.at + part) for part in parts]
-        held = add_weight(graph, name, CanonicalWeight.cat(common_format(weights)))
+        if name not in self.held:
+            weights = weights or [self.checkpoint.weight(self.at + part) for part in parts]
+            self.held[name] = add_weight(graph, name, CanonicalWeight.cat(common_format(weights)))
+        held = self.held[name]
         bias = ""
         if biased:
             vectors = [self.checkpoint.vector(f"{self.at}{part}_bias").numpy() for part in parts]
             bias = graph.floats(f"{name}.bias", np.concatenate(vectors))
         sums = group_sums(graph, x, held.k, held.group_size) if held.rest else ""
-        return product(graph, x, held, self.options.accuracy_level, bias, sums)
+        return product(graph, x, held, self.options.accuracy_level, bias, sums, self.options.cpu)
 
     def _vector(self, name: str) -> str:
         return self.graph.floats(self.at + name, self.checkpoint.vector(self.at + name).numpy())

@@ -12,10 +12,10 @@ import torch
 
 from ..compiler.backends.directml import Fallback, fallbacks, support
 from ..compiler.backends.onnx_graph import Graph, open_graph, require
-from ..compiler.errors import BuildError, CapacityError, FormatError, UnsupportedError
+from ..compiler.errors import BuildError, UnsupportedError
 from ..compiler.target import Target, detect
 from ..runtime.dispatch import use_target
-from ..runtime.onnx_session import CPU, DecoderSession
+from ..runtime.onnx_session import CPU, DecoderSession, choose_provider
 from ..runtime.threads import set_threads
 from .compile_folder import versions
 from .decoder import Decoder
@@ -28,12 +28,15 @@ from .load.saved_tokenizer import VOCABULARY, read_saved, write_saved
 from .load.tokenizer import ModelTokenizer
 from .onnx_decoder import GraphOptions, build_graph
 from .onnx_model import OnnxDecoder, OnnxModel
-from .plan import choose_context, plan_folder, require_memory
+from .onnx_plan import plan_onnx_folder
+from .plan import choose_context, require_memory
 from .requantise import QuantisedCheckpoint
 
 TARGET = "directml"
-MODEL = "model.onnx"
-LONG = "long.onnx"  # the same graph with fp32 activations, for long chunks on the CPU; of "auto" alone
+MODEL = "model.onnx"  # in nodes that DirectML has kernels for
+# The same decoder in the nodes that ONNX Runtime's CPU provider is fastest with, over the same tensors; the
+# second with fp32 activations, for long chunks, of "auto" alone.
+CPU_MODEL, LONG = "cpu.onnx", "long.onnx"
 FLOATS = {"fp32": "float32", "fp16": "float16"}
 LEVELS = {"auto": 4, "int8": 4, "float": 1}  # of an activation: MatMulNBits' accuracy level
 WORST = {"fp32": 1e-3, "fp16": 5e-2}  # relative distance of checked logits from fp32 PyTorch
@@ -47,8 +50,8 @@ def compile_onnx(
 ) -> list[Fallback]:  # fmt: skip
     """Write an opened checkpoint as an ONNX model for DirectML, with tokenizer and manifest.
 
-    ``kv`` is the type of the cache and of all activations: "fp32" (the default) or "fp16". The graph is run
-    by ONNX Runtime's CPU provider, where that is installed, and compared with fp32 PyTorch.
+    ``kv`` is the type of the cache and of all activations: "fp32" (the default) or "fp16". Its graph and the
+    one for the CPU provider are run there, if ONNX Runtime is installed, and compared with fp32 PyTorch.
 
     Returns the nodes that DirectML has no kernel for. Raises UnsupportedError for an option that ONNX
     Runtime's operators lack or where onnx is missing, BuildError where the check fails, FormatError where
@@ -64,12 +67,15 @@ def compile_onnx(
     source = QuantisedCheckpoint(checkpoint, quantize)
     options = GraphOptions(choose_context(source.config, context), LEVELS[activation])
     with new_folder(output, manifest.is_compiled) as aside:
-        model = _write_graph(aside, source, options, FLOATS[kv], progress)
+        model, for_cpu = _write_graphs(aside, source, options, FLOATS[kv], progress)
         found = fallbacks(model)
-        (aside / LONG).write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
-        checked = _check(aside / LONG, source, options, kv)
+        exact = aside / LONG
+        exact.write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
+        checked = _check(exact, source, options, kv)
+        exact.write_bytes(_with_level(for_cpu, LEVELS["float"]).SerializeToString())
+        checked["cpu_error"] = _check(exact, source, options, kv)["error"]
         if activation != "auto":
-            (aside / LONG).unlink()
+            exact.unlink()
         tokenizer = _tokenizer(checkpoint)
         if tokenizer is not None:
             write_saved(aside, tokenizer)
@@ -103,16 +109,21 @@ def directml_target(provider: str = "") -> Target:
     return dataclasses.replace(detect(), name=name, backends=("onnx_graph", "torch"))
 
 
-def _write_graph(
+def _write_graphs(
     folder: Path, checkpoint: Any, options: GraphOptions, float_type: str,
     progress: Callable[[int, int], None] | None,
-) -> Any:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return (the model for DirectML, the one for the CPU provider), which read the same tensors."""
     with open(folder / manifest.WEIGHTS, "wb") as file:
         graph = Graph(file, manifest.WEIGHTS, float_type)
-        build_graph(graph, checkpoint, options, progress)
-    model = graph.model("decoder", {"edgeformer": versions("edgeformer")["edgeformer"]})
-    (folder / MODEL).write_bytes(model.SerializeToString())
-    return model
+        held = build_graph(graph, checkpoint, options, progress)
+        sibling = graph.sibling()
+        build_graph(sibling, checkpoint, dataclasses.replace(options, cpu=True), held=held)
+    metadata = {"edgeformer": versions("edgeformer")["edgeformer"]}
+    models = graph.model("decoder", metadata), sibling.model("decoder", metadata)
+    for name, model in zip((MODEL, CPU_MODEL), models):
+        (folder / name).write_bytes(model.SerializeToString())
+    return models
 
 
 def _tokenizer(checkpoint: Any) -> ModelTokenizer | None:
@@ -130,7 +141,7 @@ def _check(path: Path, checkpoint: Any, options: GraphOptions, kv: str) -> dict[
         api = require("onnxruntime")
     except UnsupportedError as error:
         _log.warning("the graph is not checked: %s", error)
-        return {"onnxruntime": ""}
+        return {"onnxruntime": "", "error": None}
     session = DecoderSession(path, threads=torch.get_num_threads(), provider=CPU)
     config = checkpoint.config
     decoder = OnnxDecoder(session, config, options.context)
@@ -177,24 +188,18 @@ def load_onnx(
     _require_options(folder, target, kv, activation)
     require("onnxruntime")
     config = config_from_json(folder.data["config"], folder.path)
-    own = folder.data["options"].get("context")
-    if type(own) is not int or not 0 < own <= config.max_context:
-        raise FormatError(f"{folder.path}: the manifest's context is damaged")
-    if context is not None and not 0 < context <= own:
-        raise CapacityError(
-            f"{folder.path} was compiled for a context of {own}; compile it again with --context {context}"
-        )
+    plan = plan_onnx_folder(folder, context, kv)
     kind: str = folder.data["options"]["kv"]
-    plan = plan_folder(config, folder.data["files"][manifest.WEIGHTS]["bytes"], own, kind)
-    plan = dataclasses.replace(plan, context=context or own)
     require_memory(plan)
     files = folder.data["files"]
-    long = folder.file(LONG) if LONG in files else None
-    for path in filter(None, (folder.file(MODEL), long)):
+    held = {MODEL: folder.file(MODEL)}
+    held |= {name: folder.file(name) for name in (CPU_MODEL, LONG) if name in files}
+    for path in held.values():
         open_graph(path, files)
     folder.verify()
-    count = set_threads(threads)
-    session = DecoderSession(folder.file(MODEL), threads=count, long=long)
+    count, provider = set_threads(threads), choose_provider()
+    short = held[CPU_MODEL if provider == CPU and CPU_MODEL in held else MODEL]
+    session = DecoderSession(short, threads=count, provider=provider, long=held.get(LONG))
     resolved = directml_target(session.provider)
     use_target(resolved)
     return OnnxModel(
@@ -214,12 +219,9 @@ def _require_options(
             f"{folder.path} was compiled for {TARGET}; compile it for {target} to run that"
         )
     options = folder.data["options"]
-    for name, values in (("kv", FLOATS), ("activation", LEVELS)):
-        if options.get(name) not in values:
-            raise FormatError(f"{folder.path}: the manifest's option {name!r} is damaged")
     for name, asked in (("kv", kv), ("activation", activation)):
-        if asked is not None and asked != options[name]:
+        if asked is not None and asked != options.get(name):
             raise UnsupportedError(
-                f"{folder.path} was compiled with --{name} {options[name]}; compile it again with "
+                f"{folder.path} was compiled with --{name} {options.get(name)}; compile it again with "
                 f"--{name} {asked}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,13 @@ from ..compiler.errors import FormatError, UnsupportedError
 
 DIRECTML, CPU = "DmlExecutionProvider", "CPUExecutionProvider"
 _MEMORY = {DIRECTML: "dml", CPU: "cpu"}
+
+
+def default_provider() -> str:
+    """Return the provider that is taken where none is named; the CPU's where onnxruntime is missing."""
+    if sys.platform != "win32" or importlib.util.find_spec("onnxruntime") is None:
+        return CPU
+    return choose_provider()
 
 
 def choose_provider(wanted: str | None = None) -> str:

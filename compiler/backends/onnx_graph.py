@@ -52,10 +52,16 @@ class Graph:
         self._file, self._location = file, location
         self.float_type = float_type
         self._nodes: list[Any] = []
-        self._initializers: list[Any] = []
+        self._initializers: dict[str, Any] = {}
         self._values: dict[str, list[Any]] = {"inputs": [], "outputs": []}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
+
+    def sibling(self) -> Graph:
+        """An empty graph over the same tensors: one that both add by the same name is stored once."""
+        other = Graph(self._file, self._location, self.float_type)
+        other._initializers, other._constants = self._initializers, self._constants
+        return other
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
         """Declare an input; a text in ``shape`` names a length that is only known when the model runs."""
@@ -99,7 +105,12 @@ class Graph:
         return self.tensor(name, np.asarray(values).astype(self.float_type))
 
     def tensor(self, name: str, values: np.ndarray) -> str:
-        """Add a constant tensor: in the model file where it is small, else in the file beside it."""
+        """Add a constant tensor: in the model file where it is small, else in the file beside it.
+
+        A name that is known already, in a sibling, is that tensor.
+        """
+        if name in self._initializers:
+            return name
         values = np.ascontiguousarray(values)
         dtype = self.onnx_type(str(values.dtype))
         if values.nbytes <= INLINE:
@@ -112,7 +123,7 @@ class Graph:
             tensor.data_location = self._proto.EXTERNAL
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=str(value))
-        self._initializers.append(tensor)
+        self._initializers[name] = tensor
         return name
 
     def constant(self, values: Any, dtype: str = "int64") -> str:
@@ -124,10 +135,12 @@ class Graph:
         return self._constants[key]
 
     def model(self, name: str, metadata: dict[str, str]) -> Any:
-        """Return the finished ModelProto."""
+        """Return the finished ModelProto, with the tensors that its nodes read."""
+        read = {name for node in self._nodes for name in node.input}
         graph = self._helper.make_graph(
-            self._nodes, name, self._values["inputs"], self._values["outputs"], self._initializers
-        )
+            self._nodes, name, self._values["inputs"], self._values["outputs"],
+            [tensor for key, tensor in self._initializers.items() if key in read],
+        )  # fmt: skip
         domains = [self._helper.make_opsetid("", OPSET), self._helper.make_opsetid(MICROSOFT, 1)]
         model = self._helper.make_model(
             graph, producer_name="edgeformer", ir_version=IR_VERSION, opset_imports=domains

@@ -2,12 +2,15 @@
 
 Keys and values [1, Hkv, capacity, D] are updated in place: a caller binds the same memory as past and as
 present. DirectML's GroupQueryAttention takes queries, keys and values apart and already rotated, and reads
-neither a window nor a softcap, so a layer that has one of these is written in plain operators.
+neither a window nor a softcap, so a layer that has one of these is written in plain operators. The CPU
+provider's reads softcaps, and turns packed queries, keys and values itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...compiler.backends.onnx_graph import MICROSOFT, Graph
 
@@ -24,6 +27,12 @@ class Heads:
     scale: float
     window: int = 0
     softcap: float = 0.0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """GroupQueryAttention's, with those that the CPU provider alone obeys where they are set."""
+        found = {"num_heads": self.num_heads, "kv_num_heads": self.num_kv_heads, "scale": self.scale}
+        return found | ({"softcap": self.softcap} if self.softcap else {})
 
     @property
     def plain(self) -> str:
@@ -55,7 +64,25 @@ def attention(graph: Graph, q: str, k: str, v: str, cache: CacheNames, heads: He
         return _plain(graph, q, k, v, cache, heads)
     return graph.nodes(
         "GroupQueryAttention", q, k, v, cache.past_key, cache.past_value, cache.seqlens, cache.total,
-        domain=MICROSOFT, num_heads=heads.num_heads, kv_num_heads=heads.num_kv_heads, scale=heads.scale,
+        domain=MICROSOFT, **heads.attributes,
+        outputs=[f"{cache.key}/attention", cache.key, cache.value],
+    )[0]  # fmt: skip
+
+
+def cpu_attention(
+    graph: Graph, qkv: Sequence[str], cache: CacheNames, heads: Heads,
+    turns: Sequence[str] = (), interleaved: bool = False,
+) -> str:  # fmt: skip
+    """The same for the CPU provider, without a window (its releases count a window's keys differently).
+
+    qkv is (q, k, v), rotated; or, with `turns` (cos, sin), one [1, T, (H + 2 Hkv) * D] that is turned here.
+    """
+    given, more = list(qkv), {}
+    if turns:
+        given, more = [*qkv, "", ""], {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+    return graph.nodes(
+        "GroupQueryAttention", *given, cache.past_key, cache.past_value, cache.seqlens, cache.total, *turns,
+        domain=MICROSOFT, **heads.attributes, **more,
         outputs=[f"{cache.key}/attention", cache.key, cache.value],
     )[0]  # fmt: skip
 

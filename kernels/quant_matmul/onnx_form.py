@@ -79,6 +79,7 @@ class Product:
     scales: str
     zeros: str
     rest: str
+    middle: bool = False  # every zero point is the middle code, which MatMulNBits takes without zeros
 
 
 def add_weight(graph: Graph, name: str, weight: CanonicalWeight) -> Product:
@@ -91,7 +92,13 @@ def add_weight(graph: Graph, name: str, weight: CanonicalWeight) -> Product:
     return Product(
         name, n, k, held.bits, held.group_size, graph.tensor(f"{name}.codes", held.codes),
         graph.floats(f"{name}.scales", held.scales), graph.tensor(f"{name}.zeros", held.zeros), rest,
+        _middle(weight),
     )  # fmt: skip
+
+
+def _middle(weight: CanonicalWeight) -> bool:
+    fmt = weight.format
+    return fmt.zero == "none" or (fmt.zero == "constant" and fmt.zero_point == (8 if fmt.bits <= 4 else 128))
 
 
 def group_sums(graph: Graph, x: str, k: int, group_size: int) -> str:
@@ -103,18 +110,21 @@ def group_sums(graph: Graph, x: str, k: int, group_size: int) -> str:
 
 
 def product(
-    graph: Graph, x: str, weight: Product, accuracy_level: int, bias: str = "", sums: str = ""
-) -> str:
+    graph: Graph, x: str, weight: Product, accuracy_level: int, bias: str = "", sums: str = "",
+    cpu: bool = False,
+) -> str:  # fmt: skip
     """x [1, T, K] @ weight.T (+ bias [N]): [1, T, N].
 
     ``accuracy_level`` is MatMulNBits': 1 keeps fp32 activations, 4 rounds them to int8 in groups (read by
-    ONNX Runtime's CPU provider alone). The bias is a node of its own: DirectML's kernel takes four inputs.
+    ONNX Runtime's CPU provider alone). The bias is a node of its own: DirectML's kernel takes four inputs,
+    all of them. For ``cpu`` zero points that are the middle are left out, which saves their correction.
     """
     if not weight.bits:
         y = graph.node("MatMul", x, weight.codes, name=f"{weight.name}/matmul")
     else:
+        zeros = [] if cpu and weight.middle else [weight.zeros]
         y = graph.node(
-            "MatMulNBits", x, weight.codes, weight.scales, weight.zeros, name=f"{weight.name}/matmul",
+            "MatMulNBits", x, weight.codes, weight.scales, *zeros, name=f"{weight.name}/matmul",
             domain=MICROSOFT, N=weight.n, K=weight.k, bits=weight.bits, block_size=weight.group_size,
             accuracy_level=accuracy_level,
         )  # fmt: skip

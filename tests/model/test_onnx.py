@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from edgeformer.model.decoder import Decoder
 from edgeformer.model.evaluate import capped, reference_hidden
 from edgeformer.model.load import manifest
 from edgeformer.model.loading import open_checkpoint
-from edgeformer.model.onnx_folder import MODEL, compile_onnx, load_onnx
+from edgeformer.model.onnx_folder import CPU_MODEL, LONG, MODEL, compile_onnx, load_onnx
 from edgeformer.model.onnx_model import OnnxModel
+from edgeformer.model.onnx_plan import plan_onnx
 from edgeformer.runtime import onnx_session
 
 from .families import FAMILIES, Family, checkpoint, hugging_face
@@ -53,6 +55,11 @@ def reference(path: Path, ids: list[int]) -> torch.Tensor:
     decoder = decoder_of(path)
     hidden = reference_hidden(decoder, [torch.tensor(ids)])[0]
     return capped(hidden @ decoder.head.weight.unpack().dequantize().T, decoder.config.logit_softcap)
+
+
+def operators_of(path: Path) -> Counter[str]:
+    """How many nodes of each operator a model file has."""
+    return Counter(node.op_type for node in onnx.load_model_from_string(path.read_bytes()).graph.node)
 
 
 def compile_to(path: Path, folder: Path, **options: Any) -> Path:
@@ -114,11 +121,59 @@ def test_families(family: Family, tmp_path: Path) -> None:
     assert folder.data["checked"]["error"] < 1e-4
     model = load_onnx(folder)
     assert isinstance(model, OnnxModel)
-    operators = model.session.operators()
+    operators = operators_of(tmp_path / "folder" / MODEL)
     if family.name in ("llama", "qwen3", "phi3-longrope"):
         assert operators["GroupQueryAttention"] == 3 and not operators["Softmax"]
     if family.name in ("gemma2", "gemma3", "mistral"):
         assert operators["Softmax"] > 0
+    assert folder.data["checked"]["cpu_error"] < 1e-4
+    for_cpu = model.session.operators()
+    assert for_cpu["GroupQueryAttention"] + for_cpu["Softmax"] == 3
+    if family.name == "gemma2":  # the CPU provider's attention reads softcaps, where there is no window
+        assert for_cpu["GroupQueryAttention"] > operators["GroupQueryAttention"]
+
+
+def test_the_cpus_graph_packs_heads_and_shares_the_tensors(
+    make_gguf: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Heads of 16: turned inside of the attention; middle zero points left out; no tensor twice."""
+    path = make_gguf("Q4_0", hidden=64, heads=4, kv_heads=2).path
+    folder = compile_to(path, tmp_path / "folder", activation="auto")
+    for name in (CPU_MODEL, LONG):
+        found = operators_of(folder / name)
+        assert not found["RotaryEmbedding"] and found["GroupQueryAttention"] > 0
+    assert operators_of(folder / MODEL)["RotaryEmbedding"] > 0
+    models = [onnx.load_model_from_string((folder / n).read_bytes()) for n in (MODEL, CPU_MODEL, LONG)]
+    inputs = [{len(n.input) for n in m.graph.node if n.op_type == "MatMulNBits"} for m in models]
+    assert inputs == [{4}, {3}, {3}]
+    places = [{t.name: t.SerializeToString() for t in m.graph.initializer} for m in models]
+    assert all(places[0][name] == value for name, value in places[1].items())
+    assert places[1] == places[2]
+    old = Path(shutil.copytree(folder, tmp_path / "old"))  # as folders were before they had that graph
+    data = json.loads((old / manifest.NAME).read_text())
+    for name in (CPU_MODEL, LONG):
+        (old / name).unlink()
+        del data["files"][name]
+    (old / manifest.NAME).write_text(json.dumps(data))
+    assert error(edgeformer.load(old).prefill(PROMPT), edgeformer.load(folder).prefill(PROMPT)) < 0.05
+
+
+def test_a_dry_run_counts_every_graph(make_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """Before a folder is made and after it, the same to a few pages; a second session takes its own."""
+    path, totals = make_gguf("Q4_1", hidden=512, mlp=1024, heads=8).path, []
+    for activation in ("float", "int8", "auto"):
+        folder = compile_to(path, tmp_path / activation, activation=activation)
+        before = plan_onnx(
+            open_checkpoint(path), context=None, kv="fp32", quantize=None, activation=activation
+        )
+        after = edgeformer.plan(folder)
+        assert before.kv == after.kv and abs(before.weights / after.weights - 1) < 0.1
+        assert edgeformer.load(folder).memory()["weights"] == after.weights
+        totals.append(after.weights)
+    assert totals[0] < totals[1] < totals[2]
+    run = CliRunner().invoke(cli.app, ["compile", str(path), "--target", "directml", "-o",
+                                       str(tmp_path / "no"), "--dry-run"])  # fmt: skip
+    assert run.exit_code == 0 and "weights" in run.stdout and not (tmp_path / "no").exists()
 
 
 def test_greedy_tokens_batches_and_chats(compiled: tuple[Path, Path], plain: Target) -> None:
@@ -234,17 +289,17 @@ def test_options_that_the_route_lacks(compiled: tuple[Path, Path], tmp_path: Pat
             edgeformer.load(folder, **asked)
 
 
-def damage(folder: Path, change: Callable[[Any], None]) -> None:
-    """Change the model and make the manifest agree, as somebody would who means harm."""
-    model = onnx.load_model(str(folder / MODEL), load_external_data=False)
+def damage(folder: Path, change: Callable[[Any], None], name: str) -> None:
+    """Change a graph and make the manifest agree, as somebody would who means harm."""
+    model = onnx.load_model(str(folder / name), load_external_data=False)
     change(model)
-    (folder / MODEL).write_bytes(model.SerializeToString())
-    resign(folder)
+    (folder / name).write_bytes(model.SerializeToString())
+    resign(folder, name)
 
 
-def resign(folder: Path) -> None:
+def resign(folder: Path, name: str = MODEL) -> None:
     data = json.loads((folder / manifest.NAME).read_text())
-    data["files"][MODEL] = manifest.file_entry(folder / MODEL)
+    data["files"][name] = manifest.file_entry(folder / name)
     (folder / manifest.NAME).write_text(json.dumps(data))
 
 
@@ -266,6 +321,7 @@ def in_a_constant(model: Any) -> None:
     model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
 
 
+@pytest.mark.parametrize("name", [MODEL, CPU_MODEL])
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -280,12 +336,17 @@ def in_a_constant(model: Any) -> None:
         (place("length", "nonsense"), "is damaged"),
         (in_a_constant, "outside of this folder"),
         (lambda model: model.graph.ClearField("node"), "no nodes"),
-        (lambda model: model.graph.node[3].input.append("nowhere"), "ONNX Runtime cannot load"),
     ],
 )
-def test_a_model_that_points_elsewhere_is_refused(copy: Path, change: Any, match: str) -> None:
-    damage(copy, change)
+def test_a_model_that_points_elsewhere_is_refused(copy: Path, change: Any, match: str, name: str) -> None:
+    damage(copy, change, name)
     with pytest.raises(FormatError, match=match):
+        edgeformer.load(copy)
+
+
+def test_a_graph_that_onnx_runtime_does_not_take_is_refused(copy: Path) -> None:
+    damage(copy, lambda model: model.graph.node[3].input.append("nowhere"), CPU_MODEL)
+    with pytest.raises(FormatError, match="ONNX Runtime cannot load"):
         edgeformer.load(copy)
 
 
