@@ -80,4 +80,4 @@ def test_eval_reads_weights_back_and_compares_in_windows(device: Any, smollm2: P
     done = CliRunner().invoke(app, ["eval", str(smollm2), *options])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["tokens"] == 48 and found["mean_kl"] < 1e-4 and found["top1_agreement"] > 0.95
+    assert found["tokens"] == 48 and found["mean_kl"] < 1e-3 and found["top1_agreement"] > 0.95
