@@ -77,7 +77,9 @@ def float_zeros(model: Any, folder: Path) -> None:
             both = packed if eight else np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
             zeros = both[:, : scales.shape[1]].astype(np.float32)
         if node.name in rests:
-            zeros = zeros - np.divide(read(rests[node.name]).T, scales, where=scales != 0)
+            zeros = zeros - np.divide(
+                read(rests[node.name]).T, scales, out=np.zeros_like(scales), where=scales != 0
+            )
         name = f"{node.name}/floats"
         model.graph.initializer.append(onnx.numpy_helper.from_array(zeros.astype(np.float32), name))
         del node.input[3:]
@@ -90,8 +92,9 @@ def _minima(model: Any) -> list[tuple[Any, Any, Any]]:
     by_output, found = {name: node for node in model.graph.node for name in node.output}, []
     for node in model.graph.node:
         product, rest = (by_output.get(name) for name in (*node.input[:2], "", "")[:2])
-        kinds = [node.op_type, *(one.op_type for one in (product, rest) if one is not None)]
-        if kinds == ["Add", "MatMulNBits", "MatMul"] and rest.input[1].endswith(".rest"):
+        if product is None or rest is None or not rest.input[-1].endswith(".rest"):
+            continue
+        if (node.op_type, product.op_type, rest.op_type) == ("Add", "MatMulNBits", "MatMul"):
             found.append((product, rest, node))
     return found
 

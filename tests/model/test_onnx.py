@@ -146,9 +146,7 @@ def test_the_cpus_graph_packs_heads_and_shares_the_tensors(
     models = [onnx.load_model_from_string((folder / n).read_bytes()) for n in (MODEL, CPU_MODEL, LONG)]
     inputs = [{len(n.input) for n in m.graph.node if n.op_type == "MatMulNBits"} for m in models]
     assert inputs == [{4}, {3}, {3}]
-    places = [
-        {t.name: t.SerializeToString() for t in m.graph.initializer if t.external_data} for m in models
-    ]
+    places = [{t.name: t.SerializeToString() for t in m.graph.initializer if t.external_data} for m in models]
     assert places[1] and all(places[0][name] == value for name, value in places[1].items())
     assert places[1] == places[2]
     old = Path(shutil.copytree(folder, tmp_path / "old"))  # as folders were before they had that graph
