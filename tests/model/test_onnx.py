@@ -29,7 +29,6 @@ from edgeformer.model.load import manifest
 from edgeformer.model.loading import open_checkpoint
 from edgeformer.model.onnx_folder import CPU_MODEL, LONG, MODEL, compile_onnx, load_onnx
 from edgeformer.model.onnx_model import OnnxModel
-from edgeformer.model.onnx_plan import plan_onnx
 from edgeformer.runtime import onnx_session
 
 from .families import FAMILIES, Family, checkpoint, hugging_face
@@ -156,24 +155,6 @@ def test_the_cpus_graph_packs_heads_and_shares_the_tensors(
         del data["files"][name]
     (old / manifest.NAME).write_text(json.dumps(data))
     assert error(edgeformer.load(old).prefill(PROMPT), edgeformer.load(folder).prefill(PROMPT)) < 0.05
-
-
-def test_a_dry_run_counts_every_graph(make_gguf: Callable[..., Any], tmp_path: Path) -> None:
-    """Before a folder is made and after it, the same to a few pages; a second session takes its own."""
-    path, totals = make_gguf("Q4_1", hidden=512, mlp=1024, heads=8).path, []
-    for activation in ("float", "int8", "auto"):
-        folder = compile_to(path, tmp_path / activation, activation=activation)
-        before = plan_onnx(
-            open_checkpoint(path), context=None, kv="fp32", quantize=None, activation=activation
-        )
-        after = edgeformer.plan(folder)
-        assert before.kv == after.kv and abs(before.weights / after.weights - 1) < 0.1
-        assert edgeformer.load(folder).memory()["weights"] == after.weights
-        totals.append(after.weights)
-    assert totals[0] < totals[1] < totals[2]
-    run = CliRunner().invoke(cli.app, ["compile", str(path), "--target", "directml", "-o",
-                                       str(tmp_path / "no"), "--dry-run"])  # fmt: skip
-    assert run.exit_code == 0 and "weights" in run.stdout and not (tmp_path / "no").exists()
 
 
 def test_greedy_tokens_batches_and_chats(compiled: tuple[Path, Path], plain: Target) -> None:
