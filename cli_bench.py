@@ -175,7 +175,21 @@ def bench_ops_command(
     strict: Strict = False,
     resume: Resume = False,
 ) -> None:
-    """Measure single kernels on shapes of real models, beside their limits and beside PyTorch."""
+    """Measure single kernels on shapes of real models, beside their limits and beside PyTorch.
+
+    --target cuda measures the Triton kernels of this machine's GPU, beside its copy and GEMM rates; it has
+    shapes of its own.
+    """
+    from .compiler.backends.triton_gpu import DEVICES
+
+    if target in DEVICES:
+        if shapes or rows or context or forms or threads:
+            raise UnsupportedError(f"--target {target} takes --operators and -r: its shapes are its own")
+        from .bench.gpu_ops import GpuOptions, bench_gpu, render_gpu
+
+        found = bench_gpu(GpuOptions(target, names(operators), max(repeats, 3)), progress)
+        typer.echo(render_gpu(found, output.value))
+        return
     from .bench.op_cases import shapes as known
     from .bench.op_table import render_ops
     from .bench.ops import OpsOptions, bench_ops

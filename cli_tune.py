@@ -49,7 +49,7 @@ def tune_command(
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for the search: 90s, 10m, 1h.")] = "10m",
     operators: Annotated[
-        str, typer.Option(help="decoder_step, quant_matmul, attention; default: what runs.")
+        str, typer.Option(help="decoder_step, quant_matmul, attention, ...; default: what runs.")
     ] = "",
     more: Annotated[bool, typer.Option("--more", help="Also go on where a record is there.")] = False,
     target: TargetName = "auto",
@@ -68,13 +68,20 @@ def tune_command(
     Every candidate runs in a process of its own, is compared with the reference, and has to beat what ran
     before by more than the spread. Ctrl-C keeps every trial; the next run goes on from there.
     Without a MODEL, --operators are tuned at the sizes of models of 135M, 1B and 7B parameters.
+    --target cuda tunes this machine's GPU kernels; --target gfx1151, sm_90 or another GPU that is not here
+    ranks them by their machine code, and the records say so.
     """
     names = [name.strip() for name in operators.split(",") if name.strip()] or None
     bar = TuneProgress()
     options: dict[str, Any] = {
         "context": context, "kv": kv.value, "quantize": value(quantize), "activation": activation.value,
     }  # fmt: skip
-    if model is None and not names:
+    from .compiler.backends.triton_gpu import is_gpu
+
+    for_gpu = is_gpu(target)
+    if for_gpu and (model is not None or rpc or tracker):
+        raise UnsupportedError(f"--target {target}: GPU kernels are tuned by --operators, without a MODEL")
+    if model is None and not names and not for_gpu:
         raise UnsupportedError("tune needs a MODEL, or --operators")
     try:
         with bar:
@@ -83,6 +90,8 @@ def tune_command(
                 found = tune_there(
                     model, names, budget, target, threads, more, bar, (where, tracker, key), options
                 )
+            elif for_gpu:
+                found = tune_gpu(target, names or [], budget, more, bar)
             elif model is None:
                 found = tune_sizes(names or [], budget, target, threads, more, bar)
             else:
@@ -113,6 +122,15 @@ def tune_sizes(
     resolved.require_runnable()
     chosen = known_sizes(names, resolved, threads or available_cores())
     outcomes = tune_problems(chosen, seconds=budget_seconds(budget), more=more, progress=progress)
+    return Tuned(tuple(outcomes), {}, {})
+
+
+def tune_gpu(target: str, names: list[str], budget: str, more: bool, progress: TuneProgress) -> Tuned:
+    """Tune the Triton kernels of operators ([]: all): on a GPU that is here, else by their machine code."""
+    from .model.tuning import Tuned, budget_seconds
+    from .runtime.gpu_tuning import tune
+
+    outcomes = tune(target, names, seconds=budget_seconds(budget), more=more, progress=progress)
     return Tuned(tuple(outcomes), {}, {})
 
 
@@ -190,7 +208,7 @@ def facts(found: Tuned) -> dict[str, Any]:
         if outcome.record is not None:
             r = outcome.record
             row |= {"default_seconds": r.default_seconds, "seconds": r.seconds, "spread": r.spread}
-            row["configuration"] = r.configuration
+            row |= {"configuration": r.configuration, "source": r.source}
         rows.append(row)
     return {"problems": rows, "trials": found.trials, "before": found.before, "after": found.after}
 
@@ -200,10 +218,11 @@ def show(found: Tuned) -> None:
     table = Table("problem", "state", "trials", "default", "tuned", "gain", "configuration")
     for outcome in found.outcomes:
         r = outcome.record
+        chosen = "" if r is None else " ".join(f"{k}={v}" for k, v in r.configuration.items())
         if r is None or not r.seconds:
-            table.add_row(outcome.problem.title, outcome.state, str(outcome.trials), "", "", "", outcome.note)
+            text = f"{chosen} ({outcome.note or r.source})" if r else outcome.note
+            table.add_row(outcome.problem.title, outcome.state, str(outcome.trials), "", "", "", text)
             continue
-        chosen = " ".join(f"{name}={value}" for name, value in r.configuration.items())
         table.add_row(
             outcome.problem.title, outcome.state, str(outcome.trials), f"{r.default_seconds * 1e6:.1f} us",
             f"{r.seconds * 1e6:.1f} ± {r.spread * 1e6:.1f} us", f"{r.default_seconds / r.seconds:.2f}x",

@@ -50,7 +50,8 @@ class OutOfTime(EdgeFormerError):
 class Evaluator(Protocol):
     """Builds, checks and times configurations. Raises nothing for a bad one: its Trial says so.
 
-    What is not done within `seconds` is called off: OutOfTime.
+    One with a `source` of "static" ranks by generated code: its seconds are costs that compare with each
+    other alone, and no record keeps them. What is not done within `seconds` is called off: OutOfTime.
     """
 
     def trial(self, problem: Problem, configuration: Mapping[str, Any], seconds: float) -> Trial:
@@ -283,18 +284,23 @@ class _Search:
         if best == 1 == incumbent and not wins(times[0], times[1]):  # it no longer beats the default
             best = 0
         sample = measured.samples[best]
+        static = getattr(self.evaluator, "source", "measured") == "static"
+        ratio = sample.seconds / measured.samples[0].seconds
         record = replace(
             problem.wanted.empty(problem.space.essential(entered[best])),
-            seconds=sample.seconds,
-            spread=sample.spread,
-            default_seconds=measured.samples[0].seconds,
+            seconds=0.0 if static else sample.seconds,
+            spread=0.0 if static else sample.spread,
+            default_seconds=0.0 if static else measured.samples[0].seconds,
             trials=len(trials),
+            source="static" if static else "measured",
             versions=dict(self.versions),
         )
         self.records.put(record)
         self.journal.settle(problem.key, ended == "tuned")
-        self.say("record", len(trials), record.seconds / record.default_seconds, record=record)
-        return Outcome(problem, "tuned", made, record, "" if ended == "tuned" else "the search can go on")
+        self.say("record", len(trials), ratio, record=record)
+        notes = [f"ranked by its code: {ratio:.2f} of the default's cost"] if static else []
+        notes += [] if ended == "tuned" else ["the search can go on"]
+        return Outcome(problem, "tuned", made, record, "; ".join(notes))
 
 
 class _Inline:

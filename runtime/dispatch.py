@@ -159,6 +159,11 @@ def _bind(
         return call, dataclasses.replace(choice, declined=(*failed, *choice.declined))
 
 
+def note(choice: Choice) -> None:
+    """Put a choice that was made elsewhere (kernels on a GPU) into the report."""
+    _choices[(choice.operator, choice.spec, choice.form)] = choice
+
+
 def choices() -> list[Choice]:
     """Return what was bound in this process, in order; buckets that share a configuration once."""
     found: list[Choice] = []

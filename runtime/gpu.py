@@ -18,7 +18,7 @@ from ..compiler.errors import UnsupportedError
 from ..kernels.norm.spec import NormSpec
 from ..kernels.quant_matmul.triton_packing import GpuWeight
 from ..kernels.rope.spec import RopeSpec
-from ..kernels.shared.gpu_defaults import default
+from . import gpu_tiles
 
 _HALF = (torch.float16, torch.bfloat16)
 _MOST = (1 << 31) - 1
@@ -65,6 +65,18 @@ def compute_units(device: torch.device) -> int:
     return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 0
+
+
+def tile(name: str, device: torch.device) -> dict[str, Any]:
+    """Return the tile that a kernel runs with on a device: a tuning record's, or the default."""
+    return gpu_tiles.chosen(name, architecture_of(device), _cache_bytes(device))
+
+
 def _check(**tensors: Tensor | None) -> Architecture:
     """Require one device, half precision, last strides of 1 and sizes that fit 32-bit indices of rows."""
     first = next(t for t in tensors.values() if t is not None)
@@ -84,15 +96,15 @@ def _check(**tensors: Tensor | None) -> Architecture:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], family: str) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
         from ..kernels.attention.triton_prefill import forward
 
         name = "attention_forward_256" if q.shape[3] > 128 else "attention_forward"
         batch, heads, tq, _ = q.shape
         out = torch.empty(batch, tq, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
-        lse = forward(q, k, v, out=out, configuration=default(name, family), **options)
+        lse = forward(q, k, v, out=out, configuration=tile(name, q.device), **options)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.family = options, family
+        ctx.options = options
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -101,8 +113,8 @@ class _Attention(torch.autograd.Function):
         from ..kernels.attention.triton_backward import backward
 
         q, k, v, out, lse = ctx.saved_tensors
-        tile = default("attention_grad_kv", ctx.family)
-        return *backward(q, k, v, out, lse, grad, configuration=tile, **ctx.options), None, None
+        tiles = {name: tile(f"attention_grad_{name}", q.device) for name in ("q", "kv")}
+        return *backward(q, k, v, out, lse, grad, configurations=tiles, **ctx.options), None
 
 
 def attention(
@@ -112,7 +124,7 @@ def attention(
     v_scale: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (out, lse) as `ops.attention`; few causal queries split their keys over the device."""
-    family = _check(q=q, k=k, v=v).family
+    _check(q=q, k=k, v=v)
     used = [name for name, value in others.items() if value is not None]
     if used or mask not in ("none", "causal", "causal_lengths"):
         raise UnsupportedError(f"attention on a GPU has no {', '.join(used) or f'mask {mask!r}'}")
@@ -136,8 +148,11 @@ def attention(
             f"int8 keys have a decode kernel only; {tq} queries of this mask need float ones"
         )
     limits = None if lengths is None else lengths.to(device=q.device, dtype=torch.int32)
-    options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "q_offset": offset}
-    result: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, {**options, "lengths": limits}, family)  # pyright: ignore
+    options = {
+        "causal": causal, "window": window, "softcap": softcap, "scale": scale, "q_offset": offset,
+        "lengths": limits,
+    }  # fmt: skip
+    result: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, options)  # pyright: ignore
     return result
 
 
@@ -152,31 +167,34 @@ def decode(
     """
     from ..kernels.attention import triton_decode
 
-    family = _check(q=q, k=k, v=v).family
+    _check(q=q, k=k, v=v)
     if (k.dtype == torch.int8) != (k_scale is not None) or (k_scale is None) != (v_scale is None):
         raise UnsupportedError("int8 keys and values need k_scale and v_scale, and no others have them")
     batch, heads, tq, dim = q.shape
-    tile = default("attention_decode", family)
+    settings = tile("attention_decode", q.device)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    splits = triton_decode.splits_for(batch * k.shape[1], keys, compute_units(q.device), tile["BLOCK_N"])
+    splits = triton_decode.splits_for(batch * k.shape[1], keys, compute_units(q.device), settings["BLOCK_N"])
     out = torch.empty(batch, heads, tq, v.shape[3], dtype=q.dtype, device=q.device)
     lse = triton_decode.decode(
         q, k, v, lengths=lengths, scale=dim**-0.5 if scale is None else scale, softcap=softcap, window=window,
-        k_scale=k_scale, v_scale=v_scale, pages=pages, splits=splits, out=out, configuration=tile,
+        k_scale=k_scale, v_scale=v_scale, pages=pages, splits=splits, out=out, configuration=settings,
     )  # fmt: skip
     return out, lse
 
 
 def mla(
     q_nope: Tensor, q_rope: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor, *, tk: int, mask: str,
-        mode: str,
-    scale: float | None = None, **others: Any,
+    mode: str, scale: float | None = None, lengths: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse) as `ops.mla`: absorbed in the latent kernel, expanded through `attention`."""
+    """Return (out, lse) as `ops.mla`: absorbed in the latent kernel, expanded through `attention`.
+
+    Absorbed, `lengths` int32 [B] on the device count each sequence's cached tokens, at most `tk`: the same
+    launches then serve every step (CUDA graphs).
+    """
     from ..kernels.attention.triton_decode import splits_for
     from ..kernels.mla import triton_decode
 
-    arch = _check(q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv)
+    _check(q_nope=q_nope, q_rope=q_rope, cache=cache, w_uk=w_uk, w_uv=w_uv)
     used = [name for name, value in others.items() if value is not None]
     if used or mask not in ("none", "causal"):
         raise UnsupportedError(f"mla on a GPU has no {', '.join(used) or f'mask {mask!r}'}")
@@ -184,19 +202,22 @@ def mla(
     rank, rope = w_uk.shape[2], q_rope.shape[3]
     scale = float((nope + rope) ** -0.5) if scale is None else scale
     if mode == "expanded" or (mask == "none" and tq > 1):
+        if lengths is not None:
+            raise UnsupportedError("expanded mla has no lengths on the device; use mode 'absorbed'")
         c, r = cache[:, :tk].unsqueeze(1).split([rank, rope], 3)
         k = torch.cat([c @ w_uk.transpose(1, 2), r.expand(-1, heads, -1, -1)], 3)
         return attention(torch.cat([q_nope, q_rope], 3), k, c @ w_uv, mask=mask, scale=scale)
     if rank & (rank - 1) or rope & (rope - 1):
         raise UnsupportedError(f"absorbed latents of {rank} + {rope} elements: both have to be powers of two")
     q = torch.cat([q_nope @ w_uk, q_rope], 3)
-    tile = default("mla_decode", arch.family)
-    programs = batch * tq * -(-heads // tile["BLOCK_M"])
-    splits = splits_for(programs, tk, compute_units(q.device), tile["BLOCK_N"])
-    lengths = torch.full((batch,), tk, dtype=torch.int32, device=q.device)
+    settings = tile("mla_decode", q.device)
+    programs = batch * tq * -(-heads // settings["BLOCK_M"])
+    splits = splits_for(programs, tk, compute_units(q.device), settings["BLOCK_N"])
+    if lengths is None:
+        lengths = torch.full((batch,), tk, dtype=torch.int32, device=q.device)
     latent = torch.empty(batch, heads, tq, rank, dtype=q.dtype, device=q.device)
     lse = triton_decode.decode(
-        q, cache, rank, lengths=lengths, scale=scale, splits=splits, out=latent, configuration=tile
+        q, cache, rank, lengths=lengths, scale=scale, splits=splits, out=latent, configuration=settings
     )
     return latent @ w_uv, lse
 
@@ -204,17 +225,17 @@ def mla(
 class _QuantMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str, family: str
+        ctx: Any, x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str
     ) -> Tensor:
-        ctx.weight, ctx.family = weight, family
-        return _product(x, weight, bias, None, activation, family)
+        ctx.weight = weight
+        return _product(x, weight, bias, None, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         from ..kernels.quant_matmul.triton_matmul import grad_x
 
-        dx = grad_x(grad.contiguous(), ctx.weight, default("matmul_grad_x", ctx.family))
-        return dx, None, grad.float().sum(0) if ctx.needs_input_grad[2] else None, None, None
+        dx = grad_x(grad.contiguous(), ctx.weight, tile("matmul_grad_x", grad.device))
+        return dx, None, grad.float().sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def quant_matmul(
@@ -228,7 +249,7 @@ def quant_matmul(
     """Return x @ W.T + bias + residual for x [..., K] in half precision; "int8" quantises x (8-bit
     weights).
     """
-    family = _check(x=x, residual=residual).family
+    _check(x=x, residual=residual)
     if x.shape[-1] != weight.k or weight.words.device != x.device:
         raise UnsupportedError(f"x is {tuple(x.shape)} on {x.device}, the weight {weight.n} x {weight.k} "
                                f"on {weight.words.device}")  # fmt: skip
@@ -239,14 +260,14 @@ def quant_matmul(
     flat = x.reshape(-1, weight.k)
     shape = (*x.shape[:-1], weight.n)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _QuantMatmul.apply(flat, weight, bias, activation, family).view(shape)  # pyright: ignore
+        y = _QuantMatmul.apply(flat, weight, bias, activation).view(shape)  # pyright: ignore
         return y if residual is None else y + residual
     extra = None if residual is None else residual.reshape(-1, weight.n).contiguous()
-    return _product(flat, weight, bias, extra, activation, family).view(shape)
+    return _product(flat, weight, bias, extra, activation).view(shape)
 
 
 def _product(
-    x: Tensor, weight: GpuWeight, bias: Tensor | None, residual: Tensor | None, activation: str, family: str
+    x: Tensor, weight: GpuWeight, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     from ..kernels.quant_matmul import triton_matmul, triton_w8a8
 
@@ -255,18 +276,18 @@ def _product(
     if m == 0:
         return y
     if activation == "int8":
-        triton_w8a8.launch(x, weight, bias, residual, y, default("matmul_w8a8", family))
+        triton_w8a8.launch(x, weight, bias, residual, y, tile("matmul_w8a8", x.device))
         return y
     name = "matvec" if m <= _VECTOR_ROWS else "matmul_few" if m <= _FEW_ROWS else "matmul"
-    tile = default(name, family)
+    settings = tile(name, x.device)
     if name == "matvec":  # the registers of one row's tile serve a few
-        tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // (1 << (m - 1).bit_length()))
-    columns = -(-weight.n // tile["BLOCK_N"])
-    rows = 1 if name == "matvec" else -(-m // tile["BLOCK_M"])
+        settings["BLOCK_N"] = max(16, settings["BLOCK_N"] // (1 << (m - 1).bit_length()))
+    columns = -(-weight.n // settings["BLOCK_N"])
+    rows = 1 if name == "matvec" else -(-m // settings["BLOCK_M"])
     runs = -(-weight.k // weight.k_run)
     wanted = 4 * compute_units(x.device) // max(1, rows * columns)
     splits = max(1, min(wanted, runs // 4)) if m <= 64 else 1
-    triton_matmul.launch(x, weight, bias, residual, y, {**tile, "vector": name == "matvec"}, splits)
+    triton_matmul.launch(x, weight, bias, residual, y, {**settings, "vector": name == "matvec"}, splits)
     return y
 
 
@@ -384,12 +405,12 @@ def sparse_mlp(
     """
     from ..kernels.sparse_mlp.triton_kernel import launch
 
-    family = _check(x=x).family
+    _check(x=x)
     if x.dim() != 2 or x.shape[0] > _FEW_ROWS or x.shape[1] != weights.gate.k:
         raise UnsupportedError(f"x is {tuple(x.shape)}, not [1 to {_FEW_ROWS}, {weights.gate.k}]")
     if any(w.format.bits == 8 for w in (weights.gate, weights.up, weights.down)):
         raise UnsupportedError("8-bit weights have no sparse GPU kernel")
     y = torch.empty_like(x)
     launch(x, weights, y, threshold=threshold, fires=fires, block=block, activation=activation, splits=8,
-           configuration=default("sparse_mlp", family))  # fmt: skip
+           configuration=tile("sparse_mlp", x.device))  # fmt: skip
     return y

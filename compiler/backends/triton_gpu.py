@@ -7,12 +7,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuildError, TargetError
+from ..devices import device
+from ..errors import BuildError, TargetError, UnsupportedError
 from .triton_inspect import Inspection, inspect_amd, inspect_nvidia
 
 __all__ = ["ARCHITECTURES", "Architecture", "Inspection", "KernelBuild", "available", "build",
@@ -51,6 +53,9 @@ ARCHITECTURES = {
 }
 
 
+DEVICES = ("cuda", "xpu")  # as PyTorch names them
+
+
 @dataclass(frozen=True)
 class KernelBuild:
     """One kernel as it is compiled: a `triton.jit` function, its argument types, constants and options.
@@ -59,6 +64,8 @@ class KernelBuild:
     every `tl.constexpr`; `divisible` are integers that are multiples of 16. `contracting` says that its hot
     loop must hold matrix instructions, `spills` that scratch memory in it is known and counted, `cached` that
     its narrow loads are scales, flags or a few rows that the cache holds, beside a wide stream.
+    `tile` names the default that gave the tile and options, `streams` says that most of what it loads comes
+    from memory once, and `step_bytes` how much that is a step of its hot loop where nothing contracts.
     """
 
     name: str
@@ -70,6 +77,9 @@ class KernelBuild:
     contracting: bool = False
     spills: bool = False
     cached: bool = False
+    tile: str = ""
+    streams: bool = False
+    step_bytes: int = 0
 
 
 def available() -> str:
@@ -87,6 +97,14 @@ def architecture(name: str) -> Architecture:
             "PyTorch's own kernels run there instead"
         )
     return ARCHITECTURES[name]
+
+
+def is_gpu(target: str) -> bool:
+    """Whether a target's name is a GPU of this machine, an architecture, or a known device that is a GPU."""
+    found = device(target)
+    if found is not None:
+        return found.cpu is None
+    return target in DEVICES or re.fullmatch(r"gfx[0-9a-f]+|sm_[0-9]+a?", target) is not None
 
 
 def versions() -> str:
@@ -146,6 +164,7 @@ def build(kernel: KernelBuild, arch: str, folder: Path) -> None:
         "shared_bytes": compiled.metadata.shared,
         "threads": compiled.metadata.num_warps * entry.lanes,
         "arguments": [[n, kernel.signature[n]] for n in runtime],
+        "multiples_of_16": [n for n in runtime if kernel.signature[n][0] == "*" or n in kernel.divisible],
         "hidden_pointers": 2,  # global and profile scratch, null
         "global_scratch_bytes": getattr(compiled.metadata, "global_scratch_size", 0) or 0,
         "constants": {k: str(v) for k, v in kernel.constants.items()},
@@ -178,6 +197,8 @@ class StoredKernel:
         self._driver = _driver("libcuda.so.1" if self._cuda else "libamdhip64.so")
         self._prefix = "cu" if self._cuda else "hip"
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        if self._cuda:
+            self._current_context()
         binary = (folder / self.metadata["binary"]).read_bytes()
         self._call("ModuleLoadData", ctypes.byref(self._module), binary)
         name = self.metadata["name"].encode()
@@ -187,10 +208,18 @@ class StoredKernel:
             self._call("FuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, size)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        """Launch on `stream`: pointers as addresses, in the order of metadata["arguments"]."""
-        kinds = [kind for _, kind in self.metadata["arguments"]]
+        """Launch on `stream`: pointers as addresses (tensors of up to 2 GB), in the order of
+        metadata["arguments"].
+
+        Raises TypeError for another number of arguments, UnsupportedError where one is no multiple of 16 that
+        has to be.
+        """
+        names, kinds = zip(*self.metadata["arguments"])
         if len(kinds) != len(arguments):
             raise TypeError(f"{self.metadata['name']} takes {len(kinds)} arguments, not {len(arguments)}")
+        for name, value in zip(names, arguments):
+            if name in self.metadata["multiples_of_16"] and value % 16:
+                raise UnsupportedError(f"{self.metadata['name']}: {name}={value} is no multiple of 16")
         values: list[Any] = [
             ctypes.c_void_p(value) if kind[0] == "*" else _SCALARS[kind](value)
             for kind, value in zip(kinds, arguments)
@@ -201,6 +230,16 @@ class StoredKernel:
         block = (self.metadata["threads"], 1, 1)
         shared = self.metadata["shared_bytes"]
         self._call(name, self._function, *grid, *block, shared, ctypes.c_void_p(stream), pointers, None)
+
+    def _current_context(self) -> None:
+        """Make the first device's primary context current (the one PyTorch uses) where none is yet."""
+        current, device = ctypes.c_void_p(), ctypes.c_int()
+        self._call("Init", 0)
+        self._call("CtxGetCurrent", ctypes.byref(current))
+        if not current.value:
+            self._call("DeviceGet", ctypes.byref(device), 0)
+            self._call("DevicePrimaryCtxRetain", ctypes.byref(current), device)
+            self._call("CtxSetCurrent", current)
 
     def _call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self._driver, self._prefix + name)(*arguments):

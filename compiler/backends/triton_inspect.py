@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -19,7 +20,8 @@ class Inspection:
 
     `registers` of a lane (`accumulators` AMD's second file), `spilled` registers of the whole kernel,
     `scratch` instructions that touch spilled registers in the hot loop, `shared_bytes` of a workgroup,
-    `matrix` instructions in the loop, `loads` global loads there by bytes a lane, `instructions` all of it.
+    `matrix` instructions in the loop and the `products` (multiply-adds) that they do for a wave, `loads`
+    global loads there by bytes a lane, `instructions` all of it.
     """
 
     registers: int
@@ -32,6 +34,7 @@ class Inspection:
     loads: dict[int, int] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     instructions: int = 0
+    products: int = 0
 
     @property
     def load_bytes(self) -> int:
@@ -51,6 +54,7 @@ _AMD_WIDTHS = {
     "b128": 16,
 }
 _AMD_MATRIX = re.compile(r"v_(?:wmma|mfma|swmmac|smfmac)")
+_AMD_SHAPE = re.compile(r"_(\d+)x(\d+)x(\d+)")
 
 
 def inspect_amd(text: str, shared: int, warps: int) -> Inspection:
@@ -72,7 +76,7 @@ def inspect_amd(text: str, shared: int, warps: int) -> Inspection:
     return Inspection(
         number(r"\.vgpr_count"), number(r"\.agpr_count"), number(r"\.vgpr_spill_count"),
         counts["scratch"], shared, warps, counts["matrix"], _loads(counts), _kinds(counts),
-        counts["instructions"],
+        counts["instructions"], counts["products"],
     )  # fmt: skip
 
 
@@ -83,6 +87,7 @@ def _amd_counts(lines: list[str]) -> Counter[str]:
         counts["instructions"] += 1
         if _AMD_MATRIX.match(op):
             counts["matrix"] += 1
+            counts["products"] += _shape(_AMD_SHAPE, op)
         elif op.startswith("scratch_"):
             counts["scratch"] += 1
         elif found := _AMD_LOAD.match(op):
@@ -96,6 +101,8 @@ def _amd_counts(lines: list[str]) -> Counter[str]:
 
 
 _NV_MATRIX = re.compile(r"^(?:HGMMA|QGMMA|IGMMA|HMMA|IMMA|QMMA)")
+_NV_GROUP_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")  # of four warps
+_NV_SHAPE = re.compile(r"\.168(\d+)")  # 16 x 8 x this
 _LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
@@ -115,7 +122,7 @@ def inspect_nvidia(cubin: bytes, shared: int, warps: int) -> Inspection:
     registers, stack = (int(found[1]), int(found[2])) if found else (0, 0)
     return Inspection(
         registers, 0, stack // 4, counts["scratch"], shared, warps, counts["matrix"], _loads(counts),
-        _kinds(counts), counts["instructions"],
+        _kinds(counts), counts["instructions"], counts["products"],
     )  # fmt: skip
 
 
@@ -125,6 +132,7 @@ def _nv_counts(code: list[tuple[int, str, str]]) -> Counter[str]:
         counts["instructions"] += 1
         if _NV_MATRIX.match(op):
             counts["matrix"] += 1
+            counts["products"] += _shape(_NV_GROUP_SHAPE, op) // 4 or 128 * _shape(_NV_SHAPE, op)
         elif op.startswith(("LDL", "STL")):
             counts["scratch"] += 1
         elif op.startswith(("LDG", "LDGSTS", "UTMALDG", "UBLKCP")):
@@ -157,6 +165,12 @@ def _hottest(loops: list[Counter[str]]) -> Counter[str]:
     """Return the loop with most matrix instructions, then most loaded bytes; of equals the shortest."""
     loaded = lambda c: sum(width * n for width, n in _loads(c).items())  # noqa: E731
     return max(loops, key=lambda c: (c["matrix"], loaded(c), -c["instructions"]))
+
+
+def _shape(pattern: re.Pattern[str], op: str) -> int:
+    """Return the product of the sizes in an instruction's name; 0 where it has none."""
+    found = pattern.search(op)
+    return math.prod(map(int, found.groups())) if found else 0
 
 
 def _loads(counts: Counter[str]) -> dict[int, int]:

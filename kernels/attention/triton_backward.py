@@ -167,9 +167,10 @@ def attention_grad_kv(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, *, causal: bool, window: int,
-    softcap: float, scale: float, q_offset: int, lengths: Tensor | None, configuration: Mapping[str, Any],
+    softcap: float, scale: float, q_offset: int, lengths: Tensor | None,
+    configurations: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dq, dk, dv) for the gradient `grad` [B, H, Tq, Dv] of `out`."""
+    """Return (dq, dk, dv) for the gradient `grad` [B, H, Tq, Dv] of `out`; a tile each for "q" and "kv"."""
     batch, heads, tq, d = q.shape
     dv_dim, tk, kv_heads = v.shape[3], k.shape[2], k.shape[1]
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
@@ -177,7 +178,7 @@ def backward(
     dq, dk, dv = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in (q, k, v))
     if any(x.stride(1) == 0 or x.stride(0) == 0 for x in (k, v)):  # expanded: each needs its own memory
         dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty_like(v).contiguous()
-    settings = dict(configuration)
+    for_q, for_kv = dict(configurations["q"]), dict(configurations["kv"])
     sizes = {
         "D": d,
         "DV": dv_dim,
@@ -187,13 +188,13 @@ def backward(
     sizes |= {"CAUSAL": causal, "WINDOW": window > 0, "SOFTCAP": softcap > 0, "LENGTHS": lengths is not None}
     limits = lse if lengths is None else lengths
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    attention_grad_q[(triton.cdiv(tq, settings["BLOCK_M"]), batch * heads)](
+    attention_grad_q[(triton.cdiv(tq, for_q["BLOCK_M"]), batch * heads)](
         q, k, v, grad, lse, delta, limits, dq, scale, softcap, window, *strides,
-        heads, heads // kv_heads, tq, tk, q_offset, **sizes, **settings,
+        heads, heads // kv_heads, tq, tk, q_offset, **sizes, **for_q,
     )  # fmt: skip
-    attention_grad_kv[(triton.cdiv(tk, settings["BLOCK_N"]), batch * kv_heads)](
+    attention_grad_kv[(triton.cdiv(tk, for_kv["BLOCK_N"]), batch * kv_heads)](
         q, k, v, grad, lse, delta, limits, dk, dv, scale, softcap, window, *strides,
         *dk.stride()[:3], *dv.stride()[:3], kv_heads, heads // kv_heads, tq, tk, q_offset, **sizes,
-            **settings,
+        **for_kv,
     )  # fmt: skip
     return dq, dk, dv

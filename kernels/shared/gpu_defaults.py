@@ -97,6 +97,15 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def default(kernel: str, family: str) -> dict[str, Any]:
-    """Return a kernel's default tile, warps and stages for an architecture family."""
-    return dict(_TABLE[kernel][family])
+# Where one member of a family needs another tile: compiled code differs within a family.
+_BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+def default(kernel: str, family: str, arch: str = "") -> dict[str, Any]:
+    """Return a kernel's default tile, warps and stages for an architecture, or for its family."""
+    return dict(_BY_ARCHITECTURE.get(kernel, {}).get(arch) or _TABLE[kernel][family])
+
+
+def tiles() -> list[str]:
+    """Return the names of the kernels that have a tile to choose."""
+    return list(_TABLE)

@@ -97,7 +97,8 @@ def test_gradients(case: tuple[Any, ...]) -> None:
     truth.backward(grad.double())
     out = nan_like((2, q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
     lse = forward(q, k, v, out=out, configuration=TILE, **options)
-    for got, x in zip(backward(q, k, v, out, lse, grad, configuration=TILE, **options), wide):
+    tiles = {"q": TILE, "kv": TILE}
+    for got, x in zip(backward(q, k, v, out, lse, grad, configurations=tiles, **options), wide):
         assert x.grad is not None
         assert_close(got, x.grad, 3 * HALF)
 

@@ -17,7 +17,7 @@ from edgeformer.kernels.quant_matmul import CanonicalWeight, WeightFormat
 from edgeformer.kernels.quant_matmul.triton_packing import pack_gpu
 from edgeformer.kernels.rope.spec import RopeSpec
 from edgeformer.kernels.shared import gpu_defaults
-from edgeformer.runtime import gpu
+from edgeformer.runtime import gpu, gpu_tiles
 
 from .conftest import assert_close
 
@@ -32,6 +32,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for kernel, tiles in gpu_defaults._TABLE.items()
     }
     monkeypatch.setattr(gpu_defaults, "_TABLE", table)
+    gpu_tiles.forget()
 
 
 @pytest.mark.parametrize("tq", [2, 21])
@@ -103,6 +104,25 @@ def test_mla() -> None:
         out, lse = gpu.mla(q_nope, q_rope, cache, w_uk, w_uv, tk=40, mask="causal", mode=mode)
         assert_close(out, want, 5e-3)
         assert_close(lse, want_lse, 5e-3)
+
+
+def test_mla_with_lengths_on_the_device() -> None:
+    spec = MlaSpec(4, 64, 32, 16, 32, "float16", "float16", "float16", lse=True)
+    q_nope, q_rope, cache = (
+        torch.randn(2, 4, 1, 32).half(),
+        torch.randn(2, 4, 1, 16).half(),
+        torch.randn(2, 45, 80).half(),
+    )
+    w_uk, w_uv = (torch.randn(4, 32, 64) / 8).half(), (torch.randn(4, 64, 32) / 8).half()
+    lengths = torch.tensor([40, 3], dtype=torch.int32)
+    out, _ = gpu.mla(
+        q_nope, q_rope, cache, w_uk, w_uv, tk=45, mask="causal", mode="absorbed", lengths=lengths
+    )
+    for b, tk in enumerate(lengths.tolist()):
+        one = [x[b : b + 1] for x in (q_nope, q_rope, cache)]
+        assert_close(out[b : b + 1], mla_reference(spec, *one, w_uk, w_uv, tk=tk)[0], 5e-3)
+    with pytest.raises(UnsupportedError, match="absorbed"):
+        gpu.mla(q_nope, q_rope, cache, w_uk, w_uv, tk=45, mask="causal", mode="expanded", lengths=lengths)
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
