@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..compiler.backends import opencl_device, tvm_llvm, tvm_opencl
+from ..compiler.backends import opencl_device, triton_gpu, tvm_llvm, tvm_opencl
 from ..compiler.target import available_cores, available_memory, detect, matrix_unit
 
 TOOLS = (
@@ -77,11 +77,10 @@ def back_ends() -> dict[str, str]:
     """Return each back end with "available" or the reason why not; starts none of them."""
     found = {"torch": "available", "tvm_llvm": tvm_llvm.available() or "available"}
     found["tvm_opencl"] = opencl_device.missing() or tvm_opencl.available() or "available"
-    for name, package, extra in (("triton_gpu", "triton", "gpu"), ("onnx_graph", "onnxruntime", "onnx")):
-        missing = version_of(package) is None
-        found[name] = (
-            f"not installed: pip install 'edgeformer[{extra}]'" if missing else "no form uses it yet"
-        )
+    gpu = cuda()
+    found["triton_gpu"] = triton_gpu.available() or (f"GPU: {gpu}" if gpu.startswith("none") else "available")
+    missing = version_of("onnxruntime") is None
+    found["onnx_graph"] = "not installed: pip install 'edgeformer[onnx]'" if missing else "available"
     return found
 
 

@@ -224,9 +224,7 @@ def mla(
 
 class _QuantMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: GpuWeight, bias: Tensor | None, activation: str) -> Tensor:
         ctx.weight = weight
         return _product(x, weight, bias, None, activation)
 

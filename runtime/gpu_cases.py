@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.norm.spec import NormSpec
 from ..kernels.quant_matmul import CanonicalWeight, WeightFormat
-from ..kernels.quant_matmul.triton_packing import pack_gpu
+from ..kernels.quant_matmul.triton_packing import GpuWeight, pack_gpu
 from ..kernels.rope.spec import RopeSpec
 from . import gpu
 
@@ -64,7 +64,7 @@ class Box:
 
 
 def cases(box: Box, operators: Collection[str] = (), tile: str = "") -> Iterator[Case]:
-    """Yield the cases of some operators (none: of all), or of one kernel's tile; inputs are made on the way."""
+    """Yield the cases of some operators (none: of all), or of a kernel's tile; inputs are made on the way."""
     for made, tiles, maker in _MAKERS:
         if (not operators or made & set(operators)) and (not tile or tile in tiles):
             for case in maker(box):
@@ -221,15 +221,18 @@ def _products(box: Box) -> Iterator[Case]:
                 mark=">= 0.50 of copy, >= 2.5x torch" if (bits, m) == (4, 1) else "",
             )  # fmt: skip
         if bits == 4:
-            dy = box.randn(19 if box.small else 4096, n)
-            x = torch.zeros_like(dy).requires_grad_()
-            y = gpu.quant_matmul(x, packed)
-            yield Case(
-                f"w4a16 gradient of x M{dy.shape[0]}", "quant_matmul", "matmul_grad_x",
-                lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0],
-                lambda d=dense: dy.double() @ d.double(), peers={"torch": lambda p=plain: dy @ p},
-                operations=2.0 * dy.shape[0] * n * n,
-            )  # fmt: skip
+            yield _product_gradient(box, packed, dense)
+
+
+def _product_gradient(box: Box, packed: GpuWeight, dense: Tensor) -> Case:
+    dy, plain = box.randn(19 if box.small else 4096, packed.n), dense.to(box.dtype)
+    x = box.randn(dy.shape[0], packed.k).requires_grad_()
+    y = gpu.quant_matmul(x, packed)
+    return Case(
+        f"w4a16 gradient of x M{dy.shape[0]}", "quant_matmul", "matmul_grad_x",
+        lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0], lambda: dy.double() @ dense.double(),
+        peers={"torch": lambda: dy @ plain}, operations=2.0 * dy.numel() * packed.k,
+    )  # fmt: skip
 
 
 def _int4pack(x: Tensor, weight: CanonicalWeight, device: str) -> Call:
@@ -289,7 +292,8 @@ def _sparse(box: Box) -> Iterator[Case]:
 
     yield Case(
         f"sparse mlp {k}/{f}, a tenth fires", "sparse_mlp", "sparse_mlp",
-        lambda: gpu.sparse_mlp(x, packed, block=32, fires=fires), truth, peers={"our int4 without skipping": whole},
+        lambda: gpu.sparse_mlp(x, packed, block=32, fires=fires), truth,
+        peers={"our int4 without skipping": whole},
         nbytes=packed.gate.nbytes + 0.1 * (packed.up.nbytes + packed.down.nbytes),
     )  # fmt: skip
 

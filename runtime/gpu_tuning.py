@@ -76,9 +76,7 @@ def problems(arch: Architecture, operators: Sequence[str], device: str = "", l2:
             continue
         whole = space(tile, arch)
         request = GpuRequest("trial", tile, arch.name, device)
-        found.append(
-            Problem(f"{tile} on {arch.name}", gpu_tiles.wanted(tile, arch, l2), whole, request)
-        )
+        found.append(Problem(f"{tile} on {arch.name}", gpu_tiles.wanted(tile, arch, l2), whole, request))
     return found
 
 

@@ -149,9 +149,7 @@ def _weight_only(tile: Tile, dtype: str) -> Iterator[KernelBuild]:
             contracting=True, cached=True, streams=True,
         )  # fmt: skip
         many = {**fixed, "SCALE_AFTER": False, "SPLIT": False}
-        yield _make(
-            matmul, types, many, tile("matmul"), f"matmul {label}", tile="matmul", contracting=True
-        )
+        yield _make(matmul, types, many, tile("matmul"), f"matmul {label}", tile="matmul", contracting=True)
     types = _types(half, dtype, "part_ptr bias_ptr", f"w_ptr:*i16 {_WEIGHT}")
     yield _make(
         matmul_grad_x, types, _format(4, 128, dtype), tile("matmul_grad_x"), "matmul_grad_x w4a16",

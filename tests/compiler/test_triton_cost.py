@@ -18,7 +18,7 @@ from edgeformer.kernels.shared.gpu_spaces import OPERATORS, space
 KERNEL = KernelBuild("k", None, {}, {}, {"num_stages": 1}, contracting=True)
 CODE = Inspection(
     registers=128, accumulators=0, spilled=0, scratch=0, shared_bytes=16 << 10, warps=4, matrix=4,
-    loads={16: 16}, kinds={"valu": 100, "lds": 32}, instructions=200, products=4 * 4096,
+    loads={16: 4}, kinds={"valu": 100, "lds": 32}, instructions=200, products=4 * 4096,
 )  # fmt: skip
 
 
