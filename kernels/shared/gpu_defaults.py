@@ -98,7 +98,9 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
 
 
 # Where one member of a family needs another tile: compiled code differs within a family.
-_BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {}
+_BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {
+    "matvec": {"sm_80": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 1}},
+}
 
 
 def default(kernel: str, family: str, arch: str = "") -> dict[str, Any]:
