@@ -102,6 +102,19 @@ _BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {
     "matvec": {"sm_80": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 1}},
 }
 
+# Scratch accesses in the hot loop where no better tile is known, by kernel and architecture: they never grow.
+_SPILLS = {
+    "attention_decode d128": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 2),
+    "attention_forward d256": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 3),
+    "attention_grad_kv d128": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 4),
+    "attention_grad_q d128": {"gfx1103": 4},
+}
+
+
+def spills(kernel: str, arch: str) -> int:
+    """Return how many scratch accesses the hot loop of a kernel's default is known to have."""
+    return _SPILLS.get(kernel, {}).get(arch, 0)
+
 
 def default(kernel: str, family: str, arch: str = "") -> dict[str, Any]:
     """Return a kernel's default tile, warps and stages for an architecture, or for its family."""
