@@ -124,12 +124,13 @@ def _gradient(box: Box) -> Iterator[Case]:
     def flat(out: Tensor, inputs: list[Tensor], g: Tensor) -> Tensor:
         return torch.stack(torch.autograd.grad(out, inputs, g, retain_graph=True))
 
-    out = gpu.attention(*leaves, mask="causal")[0]
-    theirs = _sdpa(*leaves, is_causal=True)
+    q, k, v = leaves
+    out = gpu.attention(q, k, v, mask="causal")[0]
+    theirs = _sdpa(q, k, v, is_causal=True)
 
     def truth() -> Tensor:
         wide = [x.detach()[:1, :1].double().requires_grad_() for x in leaves]
-        return flat(_sdpa(*wide, is_causal=True), wide, grad[:1, :1].double())
+        return flat(_sdpa(wide[0], wide[1], wide[2], is_causal=True), wide, grad[:1, :1].double())
 
     for tile in ("attention_grad_q", "attention_grad_kv"):
         yield Case(
@@ -163,7 +164,9 @@ def _decode(box: Box) -> Iterator[Case]:
 
     yield Case(
         f"attention decode int8 pages of {page} {batch}x{length}", "attention", "attention_decode",
-        lambda: gpu.decode(q, *codes, lengths, k_scale=scales[0], v_scale=scales[1], pages=pages)[0],
+        lambda: gpu.decode(
+            q, codes[0], codes[1], lengths, k_scale=scales[0], v_scale=scales[1], pages=pages
+        )[0],
         lambda: _sdpa(one[0], plain(0), plain(1)), lambda y: y[:1, :1],
         nbytes=2.0 * (codes[0].nbytes + scales[0].nbytes), mark=">= 0.85 of the copy rate",
     )  # fmt: skip
