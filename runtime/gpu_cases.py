@@ -249,8 +249,8 @@ def _int4pack(x: Tensor, weight: CanonicalWeight, device: str) -> Call:
 
     def run() -> Tensor:
         if not words:
-            words.append(torch._convert_weight_to_int4pack(pairs, 8))
-        return torch._weight_int4pack_mm(x, words[0], weight.format.group_size, both)
+            words.append(torch.ops.aten._convert_weight_to_int4pack(pairs, 8))
+        return torch.ops.aten._weight_int4pack_mm(x, words[0], weight.format.group_size, both)
 
     return run
 
@@ -264,7 +264,7 @@ def _int8(box: Box) -> Iterator[Case]:
     if box.device != "cpu":
         codes, row = weight.codes.to(device=box.device, dtype=torch.int8), x.abs().amax(1, keepdim=True) / 127
         left = (x / row).round().to(torch.int8)
-        peers["_int_mm without scales"] = lambda: torch._int_mm(left, codes.T)
+        peers["_int_mm without scales"] = lambda: torch.ops.aten._int_mm(left, codes.T)
     yield Case(
         f"w8a8 {n}x{n} M{m}", "quant_matmul", "matmul_w8a8",
         lambda: gpu.quant_matmul(x, packed, activation="int8"), lambda: x.double() @ dense.double().T,

@@ -85,7 +85,7 @@ def test_what_the_code_does_not_take_is_refused(log: Path, tmp_path: Path) -> No
 def test_a_built_kernel_loads_without_triton(log: Path, tmp_path: Path, arch: str) -> None:
     from edgeformer.kernels.gated_silu.triton_kernel import gated_silu_forward
 
-    types = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16")
+    types: dict[str, str] = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("columns", "gate_st", "up_st"), "i32")
     even = ("columns", "gate_st", "up_st")
     kernel = triton_gpu.KernelBuild("k", gated_silu_forward, types, {"BLOCK": 1024}, {"num_warps": 4}, even)
