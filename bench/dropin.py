@@ -1,6 +1,6 @@
 """What drop-in replacement gains, beside PyTorch itself and its own ways to go faster, in one run.
 
-`python -m edgeformer.bench.dropin --parts decode,prefill,encode,calls,optimize`. Every figure is the
+`python -m edgeformer.bench.dropin --parts decode,prefill,encode,calls,optimize,latent`. Every figure is the
 median of interleaved rounds; each part says which unpatched model it is compared with.
 """
 
@@ -23,7 +23,7 @@ from ..model.replace import optimize
 from .dropin_calls import call_overhead
 from .hf_model import llama_from_gguf
 
-PARTS = ("decode", "prefill", "encode", "calls", "optimize")
+PARTS = ("decode", "prefill", "encode", "calls", "optimize", "latent")
 Call = Callable[[], Any]
 
 
@@ -212,6 +212,36 @@ def optimize_cost(args: argparse.Namespace) -> None:
             print(f"  left: {row}")
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def latent(args: argparse.Namespace) -> None:
+    """One token of two layers of DeepSeek-V2-Lite's size (random weights, dense MLPs) behind many."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        vocab_size=1024, hidden_size=2048, intermediate_size=2816, num_hidden_layers=2,
+        first_k_dense_replace=2, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    base = DeepseekV2ForCausalLM(config).bfloat16().eval()
+    ids, tokens, calls = prompt(args.context, 1024), 0, {}
+    for name in ("eager bf16", "exact", "balanced"):
+        model = copy.deepcopy(base)
+        if name != "eager bf16":
+            optimize(model, name, keep_original=False)
+        cache = model(ids, logits_to_keep=1).past_key_values
+        tokens = cache.get_seq_length()
+
+        def step(model: Any = model, cache: Any = cache) -> None:
+            model(ids[:, :1], past_key_values=cache)
+            cache.crop(-1)
+
+        calls[name] = step
+    times = interleaved(calls, args.rounds)
+    show(f"latent attention, a token of two layers behind {tokens}", times, "ms", 1e-3, "eager bf16")
+
+
 class PeakMemory:
     """How far this process's resident memory rose inside the block, in bytes, sampled every millisecond."""
 
@@ -247,9 +277,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=2048, help="tokens before the one of part latent")
     args = parser.parse_args(argv)
     args.peers = [name for name in args.peers.split(",") if name]
-    run = dict(zip(PARTS, (decode, prefill, encode, calls, optimize_cost)))
+    run = dict(zip(PARTS, (decode, prefill, encode, calls, optimize_cost, latent)))
     chosen = args.parts.split(",")
     if unknown := [name for name in chosen if name not in run]:
         parser.error(f"unknown part {unknown[0]!r}; parts: {', '.join(PARTS)}")

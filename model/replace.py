@@ -24,9 +24,9 @@ from ..runtime.ops import dtype_name
 from .dropin import find as finding
 from .dropin.find import Found
 from .dropin.layers import Embedding, GatedMLP, LayerWeight, Linear, Norm
-from .dropin.measure import gains, wins
+from .dropin.measure import DECODING, ENCODING, gains, wins
 from .dropin.profiles import Candidate, bits, check_profile, choose_formats
-from .dropin.report import Report, Row
+from .dropin.report import Report, Row, gains_text
 from .layers import GATES
 
 POLICIES = ("faster", "all")
@@ -167,6 +167,7 @@ class _Job:
         self.activation = "float" if profile == "exact" and target.isa != "amx" else activation
         self.report = Report(model, profile, _undo=[] if keep else None)
         self.arena = Arena()
+        self.sizes = DECODING if _decodes(model) else ENCODING
         self.measured: dict[Any, tuple[float, float]] = {}
         self.kept: dict[int, int] = {}
 
@@ -291,43 +292,13 @@ class _Job:
         model = finding.transformers_model(self.model)
         if model is None or not entries:
             return
-        from .dropin.attention import NAME, head_problem, register
+        from .dropin.attach import attach
 
-        register()
-        before = model.config._attn_implementation
-        problem = ""
-        try:
-            model.set_attn_implementation(NAME)
-        except (ValueError, AttributeError, KeyError, NotImplementedError) as error:
-            problem = f"{type(model).__name__} takes no attention from the registry: {error}"
-        if not problem and model.config._attn_implementation != NAME:
-            problem = f"{type(model).__name__} takes no attention from transformers' registry"
-        for entry in entries:
-            reason = problem or head_problem(entry.module)
+        for entry, reason in attach(model, entries, self.report):
             if reason:
                 self._left(entry, reason)
             else:
                 self.report.rows.append(Row(entry.name, "attention", True, "tvm_cpu", "tvm_llvm"))
-        if problem:
-            return
-        if self.keep:
-            assert self.report._undo is not None
-            self.report._undo.append(lambda: model.set_attn_implementation(before))
-            self.report._redo.append(lambda: model.set_attn_implementation(NAME))
-        self._cache(model)
-
-    def _cache(self, model: Any) -> None:
-        """Let `generate` make caches in our layout; without this hook it makes dynamic ones, which work."""
-        name = "_prepare_cache_for_generation"
-        if not hasattr(type(model), name):
-            return
-        from .dropin.cache import prepare_cache
-
-        made = functools.partial(prepare_cache, model)
-        setattr(model, name, made)
-        if self.report._undo is not None:
-            self.report._undo.append(lambda: model.__dict__.pop(name, None))
-            self.report._redo.append(lambda: setattr(model, name, made))
 
     def _form(self, entry: Found, operator: Any, spec: Any) -> Any:
         """The form that would run, or None when only the reference takes the problem: then it is left."""
@@ -345,18 +316,16 @@ class _Job:
         gain = None
         if self.policy == "faster":
             if key not in self.measured:
-                self.measured[key] = gains(entry.module, new, columns, dtype)
+                self.measured[key] = gains(entry.module, new, columns, dtype, self.sizes)
             gain = self.measured[key]
-            if not wins(gain):
-                self._left(
-                    entry, f"the original is faster: {gain[0]:.2f}x at 1 row, {gain[1]:.2f}x at 128", gain
-                )
+            if not wins(gain, self.sizes):
+                self._left(entry, f"the original is faster: {gains_text(gain, self.sizes)}", gain)
                 return
         self._replace(entry, new)
         after = new.weight.nbytes if isinstance(new, Linear | GatedMLP) else before
         row = Row(
             entry.name, entry.kind, True, form.name, form.backend, fmt.key() if fmt else "",
-            bits(fmt) if fmt else 0, before, after, gain, covers=entry.parts,
+            bits(fmt) if fmt else 0, before, after, gain, self.sizes, covers=entry.parts,
         )  # fmt: skip
         self.report.rows.append(row)
 

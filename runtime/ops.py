@@ -114,7 +114,7 @@ def quant_matmul(
     key = (x.dtype, epilogue, activation, m.bit_length(), *flags)
     call = cache.get(key)
     if call is None:
-        call = cache[key] = _bind_matmul(
+        call = cache[key] = bind_matmul(
             x, weight, bias is not None, residual is not None, epilogue, activation, softcap, form, m
         )
     shape = x.shape
@@ -132,29 +132,7 @@ def quant_matmul(
     return y if x.dim() == 2 else y.view(*shape[:-1], n_out)
 
 
-def matmul_row(
-    weight: PackedWeight, dtype: torch.dtype, bias: bool, epilogue: str, activation: str
-) -> Callable[[int, int, int, int], None] | None:
-    """Return the bare call of one row of `quant_matmul`, (x, weight, bias, y) addresses, or None.
-
-    The caller checks everything, and asks again when `dispatch.generation()` changes.
-    """
-    if activation == "auto":
-        activation = fastest_activation(1, weight.format, dispatch.current_target())
-    call = _bind_matmul(torch.empty(0, dtype=dtype), weight, bias, False, epilogue, activation, 0.0, None, 1)
-    return getattr(call, "row", None)
-
-
-def norm_row(
-    weight: torch.Tensor, dtype: torch.dtype, bias: bool, eps: float, kind: str, weight_offset: float
-) -> Callable[[int, int, int, int], None] | None:
-    """Return the bare call of one row of `norm`, as `matmul_row` does."""
-    names = (dtype_name(torch.empty(0, dtype=dtype), "x"), dtype_name(weight, "weight"))
-    spec = NormSpec(kind, weight.shape[0], eps, *names, "", weight_offset, bias)
-    return getattr(bound(NORM, spec), "row", None)
-
-
-def _bind_matmul(
+def bind_matmul(
     x: torch.Tensor,
     weight: PackedWeight,
     bias: bool,

@@ -23,7 +23,7 @@ from . import ops
 
 # Looked up once: these run before every kernel.
 _is_compiling, _grad = torch.compiler.is_compiling, torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
+_autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 _ROWS = 1024  # rows of W that are dequantised at a time
@@ -61,6 +61,17 @@ def record_calls() -> Iterator[list[Call]]:
         _recorders.remove(calls)
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Tell the recorders nothing inside the block: for a check, not a user's call."""
+    held = _recorders[:]
+    _recorders.clear()
+    try:
+        yield
+    finally:
+        _recorders[:] = held
+
+
 def note(operator: str, identity: int, rows: int) -> None:
     """Tell the recorders, if there are any, that a kernel runs."""
     for calls in _recorders:
@@ -90,7 +101,7 @@ def idle(x: Tensor) -> bool:
         or x.__class__ is not Tensor
         or _modes()
         or _transforms() is not None
-        or _autocast("cpu")
+        or _autocast()
         or not x.is_cpu
     )
 

@@ -93,7 +93,27 @@ def _bind(
             *scales,
         )  # fmt: skip
 
+    def row(k: int, v: int, cache: tuple[int, ...], heads: int, position: int) -> None:
+        """One token of one sequence, its heads side by side, at bare addresses, unchecked.
+
+        `cache` are the addresses and strides of `addresses`.
+        """
+        k_at, k_sb, k_sh, _, v_at, v_sb, v_sh, _, ks, ks_sb, ks_sh, vs, _, _ = cache
+        serial(
+            1, heads, 1, position, k, 0, spec.head_dim, 0, v, 0, spec.v_head_dim, 0,
+            k_at, k_sb, k_sh, v_at, v_sb, v_sh, ks, vs, ks_sb, ks_sh,
+        )  # fmt: skip
+
+    call.row = row  # pyright: ignore[reportFunctionMemberAccess]
     return call
+
+
+def addresses(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[int, ...]:
+    """Return where a blocked cache lies: k's and v's address, batch, head and token strides, then scales."""
+    scales: tuple[int, ...] = (0,) * 6
+    if k_scale is not None and v_scale is not None:
+        scales = (k_scale.data_ptr(), *k_scale.stride()[:2], v_scale.data_ptr(), *v_scale.stride()[:2])
+    return (k.data_ptr(), *k.stride()[:2], KEY_BLOCK, v.data_ptr(), *v.stride()[:3], *scales)
 
 
 TVM_CPU = Form(

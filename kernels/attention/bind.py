@@ -33,7 +33,7 @@ def bind(
     area = decode_area(spec, max_chunk)
     per_thread = prefill_area(spec, str(configuration.get("isa") or target.isa), block_q, block_k)
     out_dtype = getattr(torch, spec.q_dtype)
-    hq, dv = spec.num_heads, spec.v_head_dim
+    hq, d, dv = spec.num_heads, spec.head_dim, spec.v_head_dim
 
     def call(
         q: Tensor,
@@ -105,6 +105,49 @@ def bind(
     def checked(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         return call(*check(spec, q, k, v, options), **options)
 
+    partial: tuple[int, int, int] = (0, 0, 0)  # of the last context: tk, its chunk, bytes of partial results
+
+    def row(
+        threads: int, tk: int, q: int, cache: tuple[int, ...], out: int, scale: float, softcap: float
+    ) -> None:
+        """One query of one sequence at bare addresses, unchecked; `cache` as `append.addresses` gives it."""
+        nonlocal partial
+        of, chunk, nbytes = partial
+        if of != tk:
+            chunk = decode_chunk(tk, max_chunk)
+            nbytes = partial_bytes(spec, hq, -(-tk // chunk) + 1)
+            partial = (tk, chunk, nbytes)
+        decode(
+            threads, 1, 1, tk, tk - 1, _NO_WINDOW, chunk,
+            scale / softcap if softcap else scale * _LOG2_E, softcap * _LOG2_E,
+            q, 0, d, 0, *cache, 0, 0, 0, 0, 0, 0, out, 0, dv, 0, 0, scratch(threads * area + nbytes),
+        )  # fmt: skip
+
+    def segment(
+        threads: int, tokens: int, places: tuple[int, int, int, int], strides: tuple[int, ...], scale: float
+    ) -> None:
+        """All queries over all keys of one sequence: q, k, v and out at `places`, unchecked.
+
+        `strides` are those of head and token of q, k, v and out.
+        """
+        q, k, v, out = places
+        q_sh, q_st, k_sh, k_st, v_sh, v_st, o_sh, o_st = strides
+        few = tokens <= decode_rows and not matrix
+        chunk = decode_chunk(tokens, max_chunk)
+        nbytes = threads * per_thread + COUNTER_BYTES
+        if few:
+            nbytes = threads * area + partial_bytes(spec, hq * tokens, -(-tokens // chunk) + 1)
+        (decode if few else prefill)(
+            threads, 1, tokens, tokens, 0, _NO_WINDOW, chunk, scale * _LOG2_E, 0.0,
+            q, 0, q_sh, q_st, k, 0, k_sh, k_st, v, 0, v_sh, v_st, 0, 0, 0, 0, 0, 0,
+            0, 0, 0, 0, 0, 0, out, 0, o_sh, o_st, 0, scratch(nbytes),
+        )  # fmt: skip
+
+    bare = spec.mask == "none" and not (spec.sinks or spec.lse or spec.window or scaled)
+    strided = bare and spec.layout == "strided" and not spec.softcap
+    checked.segment = segment if strided else None  # pyright: ignore[reportFunctionMemberAccess]
+    plain = blocked and spec.mask == "none" and not (matrix or spec.sinks or spec.lse or spec.window)
+    checked.row = row if plain else None  # pyright: ignore[reportFunctionMemberAccess]
     checked.unchecked = call  # pyright: ignore[reportFunctionMemberAccess]  # for callers that have checked
     return checked
 

@@ -90,10 +90,11 @@ def bind(spec: NormSpec, configuration: Configuration, target: Target, library: 
         function(*inputs, out.data_ptr(), rows, flat.stride(0))
         return out
 
-    # one row at bare addresses (x, weight, bias, out), unchecked: for callers that have checked
-    plain = not groups and not spec.residual
-    row = lambda x, weight, bias, out: serial(x, weight, bias, 0, out, 1, dim)  # noqa: E731
-    call.row = row if plain else None  # pyright: ignore[reportFunctionMemberAccess]
+    def row(x: int, weight: int, bias: int, out: int, residual: int = 0, rows: int = 1) -> None:
+        """Contiguous rows at bare addresses, unchecked: for callers that have checked."""
+        serial(x, weight, bias, residual, out, rows, dim)
+
+    call.row = None if groups else row  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

@@ -19,8 +19,8 @@ def bind(
 ) -> Callable[..., torch.Tensor]:
     """Return call(x [M, K] contiguous, weight, bias, residual [M, N] contiguous) -> y [M, N_out].
 
-    `call.row(x, weight, bias, y)` is the same for one row at bare addresses (bias 0: none), without a check:
-    for callers that have checked, and for whom microseconds count. It is None where one row has no kernel.
+    `call.row(x, weight, bias, y)` is the same for one row (see `Row`; bias 0: none), or None where that has
+    no kernel.
     """
     gemm = library.function("gemm")
     gemv, rows = (None, None) if uses_matrix(spec) else (library.function("gemv"), library.function("rows"))
@@ -71,20 +71,26 @@ def bind(
         )
         return y
 
-    if gemv is not None and not spec.residual:
-        call.row = _row(gemv, line(k_padded * code_size), line(groups * 4))  # pyright: ignore
-    else:
-        call.row = None  # pyright: ignore
+    row = None if gemv is None else Row(gemv, line(k_padded * code_size), line(groups * 4))
+    call.row = row  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
-def _row(gemv: Callable[..., Any], codes: int, scales: int) -> Callable[[int, int, int, int], None]:
-    sums, end = codes + scales, codes + 2 * scales
-    nbytes = end + COUNTER_BYTES
+class Row:
+    """One row at bare addresses, unchecked: for callers that have checked, and count microseconds."""
 
-    def row(x: int, weight: int, bias: int, y: int) -> None:
-        base = scratch(nbytes)
+    def __init__(self, gemv: Callable[..., Any], codes: int, scales: int) -> None:
+        self.gemv, self.nbytes = gemv, codes + 2 * scales + COUNTER_BYTES
+        self._areas = (codes, codes + scales, codes + 2 * scales)
+
+    def areas(self, base: int) -> tuple[int, ...]:
+        """Return the last arguments of `gemv`: where its areas lie in `nbytes` bytes of scratch at `base`."""
+        codes, sums, end = self._areas
+        return base, base + codes, base + sums, base + end, base + end
+
+    def __call__(self, x: int, weight: int, bias: int, y: int, residual: int = 0) -> None:
+        base = scratch(self.nbytes)
+        codes, sums, end = self._areas
         at = base + end
-        gemv(1, torch.get_num_threads(), 1, x, weight, bias, 0, y, base, base + codes, base + sums, at, at)
-
-    return row
+        threads = torch.get_num_threads()
+        self.gemv(1, threads, 1, x, weight, bias, residual, y, base, base + codes, base + sums, at, at)

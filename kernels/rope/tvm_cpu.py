@@ -83,6 +83,11 @@ def bind(spec: RopeSpec, configuration: Configuration, target: Target, library: 
         )  # fmt: skip
         return out
 
+    def row(x: int, cos: int, sin: int, out: int, heads: int) -> None:
+        """One position, its heads side by side, at bare addresses; unchecked."""
+        serial(x, cos, sin, out, 1, heads, 1, 0, spec.head_dim, 0, 0, spec.head_dim, 0, 0, 0)
+
+    call.row = row  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

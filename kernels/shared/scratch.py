@@ -13,13 +13,17 @@ _local = threading.local()
 
 def scratch(nbytes: int) -> int:
     """Return the 64-byte aligned address of at least `nbytes` bytes; contents are arbitrary."""
-    held: torch.Tensor | None = getattr(_local, "buffer", None)
-    if held is None or held.numel() < nbytes + 64:
-        with torch.inference_mode(False):  # it outlives the caller's mode
-            held = torch.empty(max(nbytes + 64, 1 << 20), dtype=torch.uint8)
-        _local.buffer = held
-    address = held.data_ptr()
-    return address + (-address % 64)
+    address, size = getattr(_local, "place", (0, -1))
+    return address if nbytes <= size else _grow(nbytes)
+
+
+def _grow(nbytes: int) -> int:
+    size = max(nbytes, 1 << 20)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        held = torch.empty(size + 64, dtype=torch.uint8)
+    address = held.data_ptr() + (-held.data_ptr() % 64)
+    _local.buffer, _local.place = held, (address, size)
+    return address
 
 
 def scratch_bytes() -> int:

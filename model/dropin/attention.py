@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ...compiler.errors import UnsupportedError
 from ...runtime import ops, torch_ops
+from ...runtime.segments import attention_segments
+from . import latent
 
 NAME = "edgeformer"
 
@@ -29,8 +31,17 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
     The same contract as transformers' `sdpa_mask`, which makes it.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
+    padding = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function") is bidirectional_mask_function and not args
+    if plain and isinstance(padding, Tensor) and not torch.compiler.is_compiling():
+        shape = tuple(kwargs.get(name) for name in ("batch_size", "q_length", "kv_length"))
+        start = kwargs.get("kv_offset", 0)
+        if padding.dtype == torch.bool and start == 0 and padding.shape == (shape[0], shape[2]):
+            if kwargs.get("allow_is_bidirectional_skip") and bool(padding.all()):
+                return None
+            return padding[:, None, None, :].expand(shape[0], 1, shape[1], shape[2])  # no memory of its own
     return sdpa_mask(*args, **kwargs)
 
 
@@ -52,6 +63,16 @@ def attention(
     Returns ([B, Tq, Hq, Dv], None). What no kernel of ours covers (see `declined`) is computed by PyTorch.
     Raises UnsupportedError, naming the module, for a mask of the wrong shape.
     """
+    segments = kwargs.get("edgeformer_segments")
+    if segments is not None:
+        return _within(module, query, key, value, segments, scaling), None
+    rotated = None if torch.compiler.is_compiling() else getattr(value, "edgeformer_rotated", None)
+    if rotated is not None:
+        plain = attention_mask is None and s_aux is None and not dropout and softcap is None
+        found = latent.attend(module, query, value, rotated, scaling, plain)
+        if isinstance(found, Tensor):
+            return found, None
+        key, value = found
     cached = None if torch.compiler.is_compiling() else getattr(value, "edgeformer_layer", None)
     if cached is not None and attention_mask is None and s_aux is None and not dropout:
         out = cached.decode(query, scaling, softcap)
@@ -86,6 +107,21 @@ def attention(
     if torch_ops.direct(query) and not recording:
         return torch_ops.attend(*arguments), None
     return torch.ops.edgeformer.attention(*arguments), None
+
+
+def _within(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
+) -> Tensor:
+    """Attention within each of the sequences of `lengths`, one behind the other: [1, N, H, Dv]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = None if declined(query, value, 0.0, {}) else attention_segments(query, key, value, lengths, scale)
+    if out is not None:
+        if torch_ops._recorders:
+            torch_ops.note("attention layer", id(module), query.shape[2])
+        return out
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)))
+    attend = functools.partial(nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    return torch.cat([attend(*part) for part in parts], 2).transpose(1, 2).contiguous()
 
 
 def declined(query: Tensor, value: Tensor, dropout: float, options: dict[str, Any]) -> str:

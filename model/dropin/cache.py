@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ...compiler.errors import UnsupportedError
 from ...kernels.attention.spec import KEY_BLOCK
-from ...runtime import ops
+from ...runtime import dispatch, ops, rows
 from ...runtime.kv_cache import KVCache, LayerKV
 from ...runtime.torch_ops import idle
 from .attention import NAME
@@ -30,6 +30,7 @@ class EdgeFormerLayer(CacheLayerMixin):
     def __init__(self, owner: EdgeFormerCache, index: int) -> None:
         self.owner, self.index, self.length = owner, index, 0
         self.is_initialized = False
+        self._row: Any = None  # the kernels of one token, and what they are bound to
 
     @property
     def kv(self) -> LayerKV:
@@ -74,6 +75,36 @@ class EdgeFormerLayer(CacheLayerMixin):
             return None
         out = ops.decode_attention(query, self.kv, self.length - 1, softcap=softcap or 0.0, scale=scale)
         return out.transpose(1, 2)  # contiguous: the kernel writes [B, 1, H, Dv]
+
+    def one_row(
+        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, softcap: float
+    ) -> tuple[Any, Any, tuple[int, ...]] | None:
+        """Return `rows.cache_rows` and `rows.cache_addresses` for one more token of one sequence, or None.
+
+        None where it has no room (`update` makes some), or holds other heads.
+        """
+        store, length = self.owner.store, self.length
+        if store is None or not self.is_initialized or length >= store.capacity:
+            return None
+        kv, row = store._layers[self.index], self._row
+        asked = (heads, kv_heads, head_dim, dtype, softcap, (length + 1).bit_length(), dispatch.generation())
+        if (
+            row is None or row[0] != asked or row[1] is not kv.k or row[2] is not kv.v
+            or row[3][2][0] != kv.k.data_ptr()  # a copied cache
+        ):  # fmt: skip
+            if kv.k.shape[:2] != (1, kv_heads) or kv.k.shape[3] != head_dim or kv.v.shape[3] != head_dim:
+                return None
+            calls = rows.cache_rows(kv, heads, length + 1, dtype, bool(softcap))
+            if calls is None:
+                return None
+            row = self._row = (asked, kv.k, kv.v, (*calls, rows.cache_addresses(kv)))
+        return row[3]
+
+    def advance(self) -> None:
+        """Count a token that the kernels of `one_row` have stored."""
+        self.length += 1
+        assert self.owner.store is not None
+        self.owner.store.length = self.length
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return keys [B, H, T, D] and values [B, H, T, Dv] in the model's dtype, copied out."""
@@ -168,8 +199,26 @@ class EdgeFormerCache(Cache):
         self.store: KVCache | None = None
         self.aligned = False  # whether the heads are what the kernels read
         self.unreadable = torch.full((), torch.nan)
+        self._tables: dict[int, tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]] = {}
         layers = [EdgeFormerLayer(self, i) for i in range(text.num_hidden_layers)]
         super().__init__(layers=layers)  # pyright: ignore[reportArgumentType]
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[int, int, int] | None:
+        """Return addresses of the fp32 tables of rope for one position and the elements that it rotates.
+
+        cos and sin [1, 1, rotary_dim] are what transformers hands to every layer of a step: two equal halves.
+        """
+        held = self._tables.get(id(cos))
+        if held is None or held[0] is not cos or held[1] is not sin:
+            shape = cos.shape
+            if len(shape) != 3 or shape[0] != 1 or shape[1] != 1 or sin.shape != shape or shape[2] % 2:
+                return None
+            if len(self._tables) > 3:
+                self._tables.clear()
+            fp32 = torch.cat([cos[0, 0, : shape[2] // 2], sin[0, 0, : shape[2] // 2]]).float()
+            first = fp32.data_ptr()
+            held = self._tables[id(cos)] = (cos, sin, fp32, (first, first + 2 * shape[2], shape[2]))
+        return held[3]
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
         """Make room for `tokens` tokens; the store at least doubles when it grows."""

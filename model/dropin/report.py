@@ -12,12 +12,18 @@ from torch import nn
 from ...compiler.errors import UnsupportedError
 
 
+def gains_text(gain: tuple[float, float], rows: tuple[int, int]) -> str:
+    """Return "1.50x at 1 row, 2.00x at 128"."""
+    unit = "row" if rows[0] == 1 else "rows"
+    return f"{gain[0]:.2f}x at {rows[0]} {unit}, {gain[1]:.2f}x at {rows[1]}"
+
+
 @dataclass
 class Row:
     """One module: what runs it now, or why it was left.
 
-    `gain` is how many times faster the replacement was than the original at 1 and at 128 rows, as measured
-    on this machine for a layer of this shape; None where nothing was measured.
+    `gain` is how many times faster the replacement was than the original at both numbers of `rows`, as
+    measured on this machine for a layer of this shape; None where nothing was measured.
     """
 
     name: str
@@ -30,13 +36,14 @@ class Row:
     bytes_before: int = 0
     bytes_after: int = 0
     gain: tuple[float, float] | None = None
+    rows: tuple[int, int] = (1, 128)
     reason: str = ""
     covers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.replaced:
             return f"{self.name} ({self.kind}): left, {self.reason}"
-        gain = "" if self.gain is None else f", {self.gain[0]:.2f}x at 1 row, {self.gain[1]:.2f}x at 128"
+        gain = "" if self.gain is None else f", {gains_text(self.gain, self.rows)}"
         what = f" {self.format}" if self.format else ""
         return f"{self.name} ({self.kind}):{what} {self.form} ({self.backend}){gain}"
 
@@ -50,6 +57,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     kept_bytes: int = 0
     seconds: float = 0.0
+    ways: dict[str, int] = field(default_factory=dict)  # shorter ways through modules: how many of each
     _undo: list[Any] | None = field(default=None, repr=False)
     _redo: list[Any] = field(default_factory=list, repr=False)
     _tokenizer: Any = field(default=None, repr=False)
@@ -106,6 +114,7 @@ class Report:
         lines.append(f"weights of replaced modules: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now")
         if self._undo is not None:
             lines.append(f"originals kept for undo(): {self.kept_bytes / 1e6:.1f} MB")
+        lines += [f"{what}: {count}" for what, count in self.ways.items()]
         lines += [f"  {count} x {text}" if count > 1 else f"  {text}" for text, count in self._grouped()]
         return "\n".join(lines)
 

@@ -70,7 +70,7 @@ def test_the_report_says_what_was_done(ids: torch.Tensor) -> None:
 
 
 def test_the_faster_policy_keeps_an_original_that_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gains(old: Any, new: Any, columns: int, dtype: Any) -> tuple[float, float]:
+    def gains(old: Any, new: Any, columns: int, *rest: Any) -> tuple[float, float]:
         return (0.5, 0.9) if columns == 96 else (2.0, 3.0)
 
     monkeypatch.setattr("edgeformer.model.replace.gains", gains)
