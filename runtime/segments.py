@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,20 +26,22 @@ def attention_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scal
     strides = [s for x in (q, k, v, out.transpose(1, 2)) for s in x.stride()[1:3]]
     element, threads = q.element_size(), torch.get_num_threads()
     steps = [stride * element for stride in strides[1::2]]  # bytes from a token to the next
-    places, calls = [x.data_ptr() for x in (q, k, v, out)], {}
+    places = [x.data_ptr() for x in (q, k, v, out)]
+    calls: dict[int, Callable[..., None]] = {}
     for length in lengths:
         size = length.bit_length()
         call = calls.get(size)
         if call is None:
-            call = calls[size] = _bind(q, k, v, length)
+            call = _bind(q, k, v, length)
             if call is None:
                 return None
+            calls[size] = call
         call(threads, length, tuple(places), tuple(strides), scale)
         places = [place + length * step for place, step in zip(places, steps)]
     return out
 
 
-def _bind(q: Tensor, k: Tensor, v: Tensor, length: int) -> object:
+def _bind(q: Tensor, k: Tensor, v: Tensor, length: int) -> Callable[..., None] | None:
     name = dtype_name(q, "q")
     math = fastest_math(length, name, dispatch.current_target())
     spec = AttentionSpec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], name, name, "none", math=math)

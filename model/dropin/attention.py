@@ -36,12 +36,12 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     padding = kwargs.get("attention_mask")
     plain = kwargs.get("mask_function") is bidirectional_mask_function and not args
     if plain and isinstance(padding, Tensor) and not torch.compiler.is_compiling():
-        shape = tuple(kwargs.get(name) for name in ("batch_size", "q_length", "kv_length"))
-        start = kwargs.get("kv_offset", 0)
-        if padding.dtype == torch.bool and start == 0 and padding.shape == (shape[0], shape[2]):
+        batch, queries, keys = (int(kwargs[name]) for name in ("batch_size", "q_length", "kv_length"))
+        here = padding.dtype == torch.bool and padding.shape == (batch, keys)
+        if here and kwargs.get("kv_offset", 0) == 0:
             if kwargs.get("allow_is_bidirectional_skip") and bool(padding.all()):
                 return None
-            return padding[:, None, None, :].expand(shape[0], 1, shape[1], shape[2])  # no memory of its own
+            return padding[:, None, None, :].expand(batch, 1, queries, keys)  # no memory of its own
     return sdpa_mask(*args, **kwargs)
 
 

@@ -46,8 +46,7 @@ def known(layer: nn.Module) -> bool:
 
 def install(layer: nn.Module) -> Callable[[], None]:
     """Give a layer the short way; return what takes it away again."""
-    layer._edgeformer = Short()  # pyright: ignore[reportArgumentType]
-    layer.forward = functools.partial(forward, layer)
+    layer.__dict__.update(_edgeformer=Short(), forward=functools.partial(forward, layer))
 
     def restore() -> None:
         layer.__dict__.pop("forward", None)

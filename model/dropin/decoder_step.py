@@ -65,7 +65,7 @@ class Step:
         self.qkv: list[Any] = [parts[n] for n in ("q_proj", "k_proj", "v_proj", "qkv_proj") if n in parts]
         self.hidden = self.qkv[0].in_features
         self.shape = (1, 1, self.hidden)
-        self.heads = parts["o_proj"].in_features // self.d  # pyright: ignore
+        self.heads = int(parts["o_proj"].in_features) // self.d  # pyright: ignore
         total = sum(p.out_features for p in self.qkv)
         self.kv_heads = (total // self.d - self.heads) // 2
         if total != (self.heads + 2 * self.kv_heads) * self.d or self.d % 16 or attn.training:

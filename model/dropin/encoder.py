@@ -43,7 +43,7 @@ def known(encoder: nn.Module) -> bool:
 
 def install(encoder: nn.Module) -> Callable[[], None]:
     """Give an encoder the short way; return what takes it away again."""
-    encoder.forward = functools.partial(forward, encoder)
+    encoder.__dict__.update(forward=functools.partial(forward, encoder))
 
     def restore() -> None:
         encoder.__dict__.pop("forward", None)

@@ -42,8 +42,7 @@ def known(module: nn.Module) -> bool:
 
 def install(attention: nn.Module) -> Callable[[], None]:
     """Let one token attend over latents; return what takes that away again."""
-    attention._edgeformer = Absorbed()  # pyright: ignore[reportArgumentType]
-    attention.expand_kv = functools.partial(expand_kv, attention)
+    attention.__dict__.update(_edgeformer=Absorbed(), expand_kv=functools.partial(expand_kv, attention))
 
     def restore() -> None:
         attention.__dict__.pop("expand_kv", None)

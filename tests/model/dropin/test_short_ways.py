@@ -50,7 +50,7 @@ def test_one_token_goes_the_short_way(family: str, ids: torch.Tensor) -> None:
         want = model(ids[:1]).logits[0]
     report = edgeformer.optimize(model, "exact", policy="all")
     assert "decoder layers that one token passes by kernels alone: 2" in str(report)
-    cache = edgeformer.EdgeFormerCache(model.config)
+    cache, calls = edgeformer.EdgeFormerCache(model.config), []
     with torch.no_grad():
         got = [model(ids[:1, :3], past_key_values=cache).logits[0]]
         for i in range(3, ids.shape[1]):
@@ -131,7 +131,7 @@ def test_a_step_that_computes_something_else_is_never_taken(
     llama: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Step.run
-    monkeypatch.setattr(Step, "run", lambda *a: run(*a) * 1.5)
+    monkeypatch.setattr(Step, "run", lambda *a: torch.mul(run(*a), 1.5))  # pyright: ignore
     for short in shorts(llama):
         short.checked = False
     got = step(llama, ids)
