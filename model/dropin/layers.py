@@ -128,7 +128,7 @@ class Linear(OneRow, PackedModule, nn.Linear):
 
     def _bind_row(self, dtype: torch.dtype) -> Any:
         weight = self.weight
-        call = rows.matmul_row(weight, dtype, self.bias is not None, "none", self.activation)
+        call = rows.matmul_call(weight, dtype, self.bias is not None, "none", self.activation)
         address = weight.buffer.data_ptr()
         return dtype, dispatch.generation(), call, self._like(dtype), address, weight.buffer
 
@@ -251,7 +251,7 @@ class GatedMLP(OneRow, PackedModule):
 
     def _bind_row(self, dtype: torch.dtype) -> Any:
         weight = self.weight
-        call = rows.matmul_row(weight, dtype, False, self.epilogue, self.activation)
+        call = rows.matmul_call(weight, dtype, False, self.epilogue, self.activation)
         return dtype, dispatch.generation(), call, self._like(dtype), weight.buffer.data_ptr()
 
     def adopt(self, weight: PackedWeight) -> None:
