@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _add = torch.add
 
 
 def make_step(layer: nn.Module, dtype: torch.dtype) -> Step | None:
-    """Return the step of a layer whose products, norms and MLP are all ours, or None."""
+    """Return the step of a layer whose norms and MLP are ours (a plain product may be PyTorch's), or None."""
     parts = _parts(layer)
     if parts is None:
         return None
@@ -35,7 +36,7 @@ def _parts(layer: nn.Module) -> dict[str, nn.Module] | None:
     own, mine = layer._modules, attn._modules
     qkv = ("qkv_proj",) if "qkv_proj" in mine else ("q_proj", "k_proj", "v_proj")
     found = {name: mine.get(name) for name in (*qkv, "o_proj")} | {"down_proj": mlp._modules["down_proj"]}
-    if any(module.__class__ is not Linear for module in found.values()):
+    if any(module.__class__ is not Linear and not _plain(module) for module in found.values()):
         return None
     sandwich = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     norms = {name: own.get(name) for name in ("input_layernorm", "post_attention_layernorm")}
@@ -46,9 +47,21 @@ def _parts(layer: nn.Module) -> dict[str, nn.Module] | None:
     return found | norms | {"mlp": mlp, "self_attn": attn}  # pyright: ignore[reportReturnType]
 
 
+def _plain(module: Any) -> bool:
+    """Whether a product that was left alone is PyTorch's own."""
+    return module.__class__ is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_cpu
+
+
 def _lines(elements: int, dtype: torch.dtype) -> int:
     """Return the bytes of whole cache lines."""
     return -(-elements * dtype.itemsize // 64) * 64
+
+
+def _torch_product(module: nn.Linear, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[Any, tuple[()]]:
+    weight = module.weight.detach().t()
+    if bias is None:
+        return functools.partial(torch.mm, x, weight, out=y), ()
+    return functools.partial(torch.addmm, bias.detach(), x, weight, out=y), ()
 
 
 class Step:
@@ -129,6 +142,10 @@ class Step:
 
     def _product(self, module: Any, epilogue: str = "none") -> Any:
         bias: Tensor | None = module._parameters.get("bias")
+        if module.__class__ is nn.Linear:
+            if any(p is not None and p.dtype is not self.dtype for p in (module.weight, bias)):
+                raise LookupError("dtype")
+            return None, module, bias
         if bias is not None and bias.dtype is not torch.float32:
             raise LookupError("bias")
         call = rows.matmul_row(module.weight, self.dtype, bias is not None, epilogue, module.activation)
@@ -152,7 +169,8 @@ class Step:
             self.down = self._product(self.parts["down_proj"])
         except LookupError:
             return
-        self.nbytes = max(p[0].nbytes for p in (*self.products, self.o, self.gated, self.down))
+        products = (*self.products, self.o, self.gated, self.down)
+        self.nbytes = max(p[0].nbytes for p in products if p[0] is not None)
         self.ropes: dict[int, Any] = {}
         self.plan: Any = None
         self.ready = True
@@ -181,8 +199,14 @@ class Step:
         at = {name: start + offset for name, offset in self.areas.items()}
         element = self.dtype.itemsize
 
+        def view(place: int, elements: int) -> Tensor:
+            begin = place - start
+            return memory[begin : begin + elements * element].view(self.dtype).view(1, elements)
+
         def fixed(product: Any, x: int, y: int) -> tuple[Any, tuple[int, ...]]:
             call, weight, bias = product
+            if call is None:
+                return _torch_product(weight, bias, view(x, weight.in_features), view(y, weight.out_features))
             return call.gemv, (1, threads, 1, x, weight, bias, 0, y, *call.areas(base))
 
         products, y = [], at["qkv"]
@@ -191,8 +215,7 @@ class Step:
             y += module.out_features * element
         k = at["qkv"] + self.heads * self.d * element
         v = k + self.kv_heads * self.d * element
-        begin = self.areas["out"]
-        out = memory[begin : begin + self.hidden * element].view(self.dtype).view(self.shape)
+        out = view(at["out"], self.hidden).view(self.shape)
         rest = (
             fixed(self.o, at["attended"], at["out"]),
             fixed(self.gated, at["normed"], at["gated"]),
@@ -274,6 +297,6 @@ class Step:
             if isinstance(module, Norm):
                 count = {"q_norm": self.heads, "k_norm": self.kv_heads}.get(name, 1)
                 torch_ops.note("norm", module.weight.data_ptr(), count)
-            elif isinstance(module, Linear | GatedMLP):
+            elif isinstance(module, Linear | GatedMLP):  # no product of PyTorch's
                 torch_ops.note("linear", module.weight.buffer.data_ptr(), 1)
         torch_ops.note("attention layer", id(self.attn), 1)

@@ -102,6 +102,21 @@ def test_a_hook_or_another_module_is_called(llama: Any, ids: torch.Tensor) -> No
     assert len(outputs.hidden_states) == 3
 
 
+def test_products_that_were_left_are_pytorchs(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gains(old: Any, new: Any, columns: int, *rest: Any) -> tuple[float, float]:
+        return (0.5, 0.5) if type(old) is torch.nn.Linear else (2.0, 2.0)
+
+    monkeypatch.setattr("edgeformer.model.replace.gains", gains)
+    model = CAUSAL["qwen2"]()  # with biases
+    with torch.no_grad():
+        want = model(ids[:1]).logits[0]
+    report = edgeformer.optimize(model, "exact")
+    assert any(row.name.endswith("q_proj") for row in report.left)
+    step(model, ids)
+    assert all(short.checked for short in shorts(model))
+    assert relative(step(model, ids), want[8:]) < CLOSE
+
+
 def test_copies_of_models_and_caches(llama: Any, ids: torch.Tensor) -> None:
     want = step(llama, ids)
     stream = io.BytesIO()
