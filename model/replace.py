@@ -20,6 +20,7 @@ from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
 from ..kernels.quant_matmul import CanonicalWeight, QuantMatmulSpec, WeightFormat, pack
 from ..kernels.shared.memory import Arena
 from ..runtime import dispatch
+from ..runtime.memory import give_back
 from ..runtime.ops import dtype_name
 from .dropin import find as finding
 from .dropin.find import Found
@@ -29,6 +30,7 @@ from .dropin.profiles import Candidate, bits, check_profile, choose_formats
 from .dropin.report import Report, Row, gains_text
 from .layers import GATES
 
+_GIVE_BACK = 8 << 20
 POLICIES = ("faster", "all")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -170,6 +172,7 @@ class _Job:
         self.sizes = DECODING if _decodes(model) else ENCODING
         self.measured: dict[Any, tuple[float, float]] = {}
         self.kept: dict[int, int] = {}
+        self.freed = 0  # bytes since memory was given back
 
     def run(self, found: list[Found], formats: dict[str, WeightFormat], progress: Any) -> None:
         tick = _ticker(progress, len(found))
@@ -341,7 +344,11 @@ class _Job:
             self.kept |= {id(p): p.nbytes for p in self._held(entry)}
             self.report.kept_bytes = sum(self.kept.values())
         else:
+            self.freed += sum(p.nbytes for p in self._held(entry))
             entry.module = new  # frees the original
+            if self.freed >= _GIVE_BACK:
+                self.freed = 0
+                give_back()
 
     @staticmethod
     def _held(entry: Found) -> list[torch.Tensor]:

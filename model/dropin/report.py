@@ -96,7 +96,7 @@ class Report:
             )
         for restore in reversed(self._undo):
             restore()
-        self._undo, self._redo, self.rows, self.kept_bytes = None, [], [], 0
+        self._undo, self._redo, self.rows, self.ways, self.kept_bytes = None, [], [], {}, 0
 
     def quality(self, text: Any = None, *, tokenizer: Any = None, window: int = 256) -> Any:
         """Compare with the original weights on a text (default: English that Python brings).
