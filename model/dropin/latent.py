@@ -35,7 +35,7 @@ class Absorbed:
 
 
 def known(module: nn.Module) -> bool:
-    """Whether a module is latent attention that expands what it caches (transformers before 5.9 does not)."""
+    """Whether a module is latent attention that expands what it caches; in older transformers it does not."""
     kind = type(module)
     return _CLASSES.get(kind.__module__) == kind.__name__ and hasattr(kind, "expand_kv")
 
