@@ -32,7 +32,7 @@ def read_bandwidth(threads: int | None = None, megabytes: int = 256, repeats: in
     count = set_threads(threads)
     data = large_page_empty(megabytes * _MEGABYTE + 16384)
     data.fill_(1)
-    out = torch.zeros(count * 16, dtype=torch.int32)
+    out = _read_out(count)
     read = _library().function("read")
     lines = megabytes * _MEGABYTE // LINE_BYTES
     return lines * LINE_BYTES / _best(lambda: read(count, lines, data.data_ptr(), out.data_ptr()), repeats)
@@ -41,7 +41,7 @@ def read_bandwidth(threads: int | None = None, megabytes: int = 256, repeats: in
 def read_area(address: int, nbytes: int) -> float:
     """Return the bytes per second of reading the caller's memory once, on the threads that are set."""
     count, lines = torch.get_num_threads(), nbytes // LINE_BYTES
-    out = torch.zeros(count * 16, dtype=torch.int32)
+    out = _read_out(count)
     read = _library().function("read")
     start = time.perf_counter()
     read(count, lines, address, out.data_ptr())
@@ -50,8 +50,13 @@ def read_area(address: int, nbytes: int) -> float:
 
 def reader(threads: int) -> Callable[[int, int], Any]:
     """Return a call that reads (address, bytes) once: the loop of `read_area`, to be timed by the caller."""
-    function, out = _library().function("read"), torch.zeros(threads * 16, dtype=torch.int32)
+    function, out = _library().function("read"), _read_out(threads)
     return lambda address, nbytes: function(threads, nbytes // LINE_BYTES, address, out.data_ptr())
+
+
+def _read_out(threads: int) -> torch.Tensor:
+    """Return where the read loop keeps its results and its counter."""
+    return torch.zeros((threads + 1) * 16, dtype=torch.int32)
 
 
 def int8_dot_peak(threads: int | None = None, repeats: int = 5) -> float:

@@ -25,11 +25,12 @@ from ..rope.spec import RopeSpec
 from ..rope.tvm_emit import emit_rope_row
 from ..shared import tir
 from ..shared.barrier import barrier_ir, wait
+from ..shared.claim import offer, taken
 from ..shared.isa.table import Isa, by_name
 from ..shared.tir import T
 from .append import append_row
 from .spec import LAYER_SLOTS, DecoderStepSpec
-from .workspace import thread_area
+from .workspace import OFFER_BYTES, OFFERS, thread_area
 
 ARGUMENTS = [
     ("threads", "int64"), ("one", "int64"), ("batch", "int64"), ("tq", "int64"), ("position", "int64"),
@@ -89,7 +90,9 @@ class Step:
         with tir.import_llvm(barrier_ir(self.arch)), tir.parallel(k["threads"]) as thread:
             self.thread = thread
             padded = T.truncdiv(self.m + (self.rows - 1), T.int64(self.rows)) * self.rows
-            base = tir.let(k["work"] + thread * (padded * area.row_bytes + area.fixed_bytes))
+            stride = tir.let(padded * area.row_bytes + area.fixed_bytes)
+            base = tir.let(k["work"] + thread * stride)
+            self.offers = (tir.let(k["work"] + (area.fixed_bytes - OFFER_BYTES)), stride)
             self.normed = tir.buffer_at(base, "float32")
             self.codes = tir.let(base + area.fixed_bytes)
             self.scales = tir.let(self.codes + padded * area.code_bytes)
@@ -99,8 +102,11 @@ class Step:
                 self._barrier()
             self._layers()
             with tir.when(k["head"] != T.int64(0)):
+                with tir.when(k["layers"] == T.int64(0)):
+                    self._offer("head")
+                    self._barrier()
                 self._normed_rows(k["head_norm"], self._context("head", {"w": k["head"], "y": k["logits"]}))
-                direct_share(self.current, thread, self._prefetch())
+                direct_share(self.current, thread, self._prefetch(), share=self._taken("head"))
         return self.kernel.finish()
 
     def _layers(self) -> None:
@@ -118,6 +124,8 @@ class Step:
                 tir.load(k["table"], (layer + 1) * slots + LAYER_SLOTS.index(name))
             )
             self._ahead({name: entry(name) for name in ("qkv", "kind")}, "qkv", self.spec.head_dim // BLOCK)
+        with tir.when(layer + 1 == k["layers"]):
+            self._offer("head")
         self._barrier()
 
     def _layer(self, at: dict[str, Any]) -> None:
@@ -125,6 +133,7 @@ class Step:
         for kind in self._kinds(at, "qkv", "values"):
             self._heads(at, kind)
         self._ahead(at, "o")
+        self._offer("o")
         self._barrier()
 
         decode = Decode(
@@ -140,12 +149,14 @@ class Step:
 
         self._product(at, "o", k["attended"], "attn_post_norm")
         self._ahead(at, "gate_up")
+        self._offer("gate_up")
         self._barrier()
         for kind in self._kinds(at, "gate_up"):
             gate_up = self._gate_up(at, kind, k["gated"])
             self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
-            direct_share(gate_up, thread, self._prefetch())
+            direct_share(gate_up, thread, self._prefetch(), share=self._taken("gate_up"))
         self._ahead(at, "down")
+        self._offer("down")
         self._barrier()
         self._product(at, "down", k["gated"], "mlp_post_norm")
 
@@ -202,7 +213,7 @@ class Step:
             context = self._added_product(at, name, source, kind)
             with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
                 prepare_row(context, row)
-            direct_share(context, self.thread, self._prefetch())
+            direct_share(context, self.thread, self._prefetch(), share=self._taken(name))
         if self.spec.post_norms:
             self._barrier()
             first, last = shared_range(self.m, self.thread, self.kernel["threads"])
@@ -235,6 +246,21 @@ class Step:
             view = tir.buffer_at(tir.let(at[name] + first * (together * parts * block_bytes)), "uint8")
             with tir.loop(ahead.distance // 64) as line:
                 tir.prefetch(view, line * 64, ahead.locality)
+
+    def _offer(self, name: str) -> None:
+        """Emit: this thread's share of a weight's blocks is its own, until others have done theirs.
+
+        Then they take what is left: cores differ, and those of a virtual machine change by the moment.
+        """
+        problem, (first_offer, stride) = self.spec.matmul(name), self.offers
+        pieces = -(-problem.n // ((2 if problem.pair else 1) * BLOCK))
+        first, last = shared_range(pieces, self.thread, self.kernel["threads"])
+        offer(tir.let(first_offer + self.thread * stride + 64 * OFFERS.index(name)), first, last)
+
+    def _taken(self, name: str) -> Any:
+        first_offer, stride = self.offers
+        ranges = tir.let(first_offer + 64 * OFFERS.index(name))
+        return taken(ranges, stride, self.thread, self.kernel["threads"])
 
     def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         """Return a product's emission context over this thread's scratch."""

@@ -8,11 +8,13 @@ from ..quant_matmul.sizes import element_bytes, is_integer, padded_k, panel_byte
 from .spec import DecoderStepSpec
 
 BARRIER_BYTES = 256  # see shared/barrier.py
+OFFERS = ("o", "gate_up", "down", "head")  # the weights whose blocks threads take from one another
+OFFER_BYTES = 64 * len(OFFERS)  # each on a line of its own (see shared/claim.py)
 
 
 @dataclass(frozen=True)
 class ThreadArea:
-    """A thread's scratch: `fixed_bytes` (one fp32 row), then `row_bytes` for every prepared row."""
+    """A thread's scratch: `fixed_bytes` (one fp32 row, its offers), then `row_bytes` a prepared row."""
 
     fixed_bytes: int
     code_bytes: int
@@ -35,7 +37,7 @@ def thread_area(spec: DecoderStepSpec, rows: int) -> ThreadArea:
         else:
             count = fmt.groups(problem.k)
             codes, groups = max(codes, count * fmt.group_size), max(groups, 4 * count)
-    return ThreadArea(_line(4 * spec.hidden) + 64, _line(codes), _line(groups))
+    return ThreadArea(_line(4 * spec.hidden) + 64 + OFFER_BYTES, _line(codes), _line(groups))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from typing import Any
 
 from ...compiler.target import Target
 from ..shared import tir
+from ..shared.claim import claimed, reset
 from ..shared.isa.table import Isa, for_target
 from ..shared.tir import T
 from .operations import (
     L1_STEPS,
     LINE_BYTES,
     MATRIX_STEPS,
+    PIECE_LINES,
     TILE_STATE_BYTES,
     TILE_VECTORS,
 )
@@ -25,25 +27,33 @@ def lower(target: Target) -> list[Any]:
 
 
 def _read(isa: Isa) -> Any:
-    """XOR of `lines` runs of LINE_BYTES at `data`, split over the threads; 64 bytes a thread to `out`."""
-    k = tir.Kernel("read", [("threads", "int64"), ("lines", "int64"), ("data", "*int32"), ("out", "*int32")])
+    """XOR of `lines` runs of LINE_BYTES at `data`; 64 bytes a thread to `out`, which has 64 more at its end.
+
+    Threads take a piece at a time, so that a slow core holds up nobody; memory is asked for as weights are.
+    """
+    k = tir.Kernel("read", [("threads", "int64"), ("lines", "int64"), ("data", "*int32"), ("out", "int64")])
     lanes, words = isa.lanes, LINE_BYTES // 4
+    distance, place = (16384, 1) if isa.name == "amx" else (8192, 3)
+    out = tir.buffer_at(k["out"], "int32")
+    counter = tir.let(k["out"] + k["threads"] * 64)
+    reset(counter)
     with tir.parallel(k["threads"]) as thread:
-        first = tir.let(T.truncdiv(thread * k["lines"], k["threads"]))
-        last = tir.let(T.truncdiv((thread + 1) * k["lines"], k["threads"]))
         sums = [tir.Register("int32", lanes) for _ in range(words // lanes)]
         for part in sums:
             part.set(tir.i32(0, lanes))
-        with tir.loop(tir.let(last - first)) as i:
-            at = tir.let((first + i) * words)
-            for line in range(LINE_BYTES // 64):
-                tir.prefetch(k["data"], at + line * 16 + 2048)
-            for v, part in enumerate(sums):
-                part.set(T.bitwise_xor(part.get(), tir.load(k["data"], at + v * lanes, lanes)))
+        pieces = T.truncdiv(k["lines"] + (PIECE_LINES - 1), T.int64(PIECE_LINES))
+        with claimed(counter, pieces) as piece:
+            first = tir.let(piece * PIECE_LINES)
+            with tir.loop(tir.let(T.min(k["lines"] - first, T.int64(PIECE_LINES)))) as i:
+                at = tir.let((first + i) * words)
+                for line in range(LINE_BYTES // 64):
+                    tir.prefetch(k["data"], at + line * 16 + distance // 4, place)
+                for v, part in enumerate(sums):
+                    part.set(T.bitwise_xor(part.get(), tir.load(k["data"], at + v * lanes, lanes)))
         total: Any = sums[0].get()
         for part in sums[1:]:
             total = T.bitwise_xor(total, part.get())
-        tir.store(k["out"], thread * 16, total)
+        tir.store(out, thread * 16, total)
     return k.finish()
 
 

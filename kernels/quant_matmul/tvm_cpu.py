@@ -93,8 +93,11 @@ def _direct(name: str, isa: Isa, spec: QuantMatmulSpec, rows: int, vectors: int,
     return kernel.finish()
 
 
-def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1) -> None:
-    """Emit one thread's share of the product of prepared rows; `together` blocks stay on one thread."""
+def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1, share: Any = None) -> None:
+    """Emit one thread's share of the product of prepared rows; `together` blocks stay on one thread.
+
+    `share` is a context that emits the loop over the column blocks, where it is not a contiguous range.
+    """
     kernel = c.kernel
 
     def compute(stream: Stream, tile: Tile, first: int, row0: Any) -> None:
@@ -105,7 +108,7 @@ def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1)
         else:
             float_tile(stream, tir.buffer_at(kernel["codes"], "float32"), row0, c.k_padded, tile, first)
 
-    with _share(c, thread, together) as unit:
+    with share or _share(c, thread, together) as unit:
         if c.rows == 1:
             with tir.loop(kernel["m"]) as row:
                 _unit(c, unit, row, compute)

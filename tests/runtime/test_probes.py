@@ -13,6 +13,7 @@ from edgeformer.kernels.probe.operations import (
     L1_STEPS,
     LINE_BYTES,
     MATRIX_STEPS,
+    PIECE_LINES,
     TILE_STATE_BYTES,
     TILE_VECTORS,
     matrix_operations,
@@ -29,10 +30,10 @@ def library(isa: str):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_read_visits_every_byte_once(threads: int) -> None:
-    lines = 37
+    lines = 2 * PIECE_LINES + 37
     data = torch.randint(-(2**31), 2**31 - 1, (lines * LINE_BYTES // 4 + 4096,), dtype=torch.int32)
     lanes = by_name(detect().isa).lanes
-    out = torch.full((threads * 16,), -1, dtype=torch.int32)
+    out = torch.full((threads * 16 + 16,), -1, dtype=torch.int32)
     library(detect().isa).function("read")(threads, lines, data.data_ptr(), out.data_ptr())
     total = torch.zeros(lanes, dtype=torch.int32)
     for part in data[: lines * LINE_BYTES // 4].view(-1, lanes):

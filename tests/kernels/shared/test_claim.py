@@ -40,6 +40,47 @@ def counting(arch: str) -> Any:
     return kernel.finish()
 
 
+def taking(arch: str) -> Any:
+    """As `counting`, of pieces that each thread offers: [bounds[t], bounds[t + 1])."""
+    from edgeformer.kernels.shared import tir
+    from edgeformer.kernels.shared.barrier import barrier_ir, wait
+    from edgeformer.kernels.shared.claim import offer, taken
+
+    names = ("threads", "width", "barrier", "ranges")
+    arrays = [("bounds", "*int64"), ("out", "*int64")]
+    kernel = tir.Kernel("take", [*((name, "int64") for name in names), *arrays])
+    with tir.import_llvm(barrier_ir(arch)), tir.parallel(kernel["threads"]) as thread:
+        first, last = (tir.let(tir.load(kernel["bounds"], thread + i)) for i in range(2))
+        offer(tir.let(kernel["ranges"] + thread * 64), first, last)
+        wait(kernel["barrier"], kernel["threads"])
+        with taken(kernel["ranges"], 64, thread, kernel["threads"]) as piece:
+            at = tir.let(thread * kernel["width"] + piece)
+            tir.store(kernel["out"], at, tir.load(kernel["out"], at) + 1)
+    return kernel.finish()
+
+
+@pytest.fixture(scope="module")
+def take_pieces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[int]], torch.Tensor]:
+    """f(bounds) -> how often each piece was done by each thread [threads, total + SPARE]."""
+    folder = tmp_path_factory.mktemp("take")
+    tvm_llvm.build([taking(detect().arch)], detect(), folder)
+    library = tvm_llvm.load(folder / tvm_llvm.LIBRARY_NAME)
+    threads.attach(library)
+    function = library.function("take")
+
+    def call(bounds: list[int]) -> torch.Tensor:
+        count, width = len(bounds) - 1, bounds[-1] + SPARE
+        torch.set_num_threads(count)
+        assert threads.team_size() == count, "a barrier waits for all of them"
+        out = torch.zeros((count, width), dtype=torch.int64)
+        limits = torch.tensor(bounds)
+        barrier, ranges = torch.zeros(256, dtype=torch.uint8), torch.full((count * 8,), -1)
+        function(count, width, *(t.data_ptr() for t in (barrier, ranges, limits, out)))
+        return out
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def count_pieces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], torch.Tensor]:
     """f(count, total) -> how often each piece was done by each of `count` threads [count, total + SPARE]."""
@@ -73,6 +114,29 @@ def test_every_piece_is_done_once(
         done = count_pieces(count, total)
         assert (done[:, :total].sum(0) == 1).all()
         assert (done[:, total:] == 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 1000, 200_003])
+def test_every_offered_piece_is_done_once(
+    take_pieces: Callable[[list[int]], torch.Tensor], count: int, total: int
+) -> None:
+    even = [total * i // count for i in range(count + 1)]
+    for bounds in (even, [0] * count + [total], [0] + [total] * count):  # most threads may have none
+        for _ in range(3):
+            done = take_pieces(bounds)
+            assert (done[:, :total].sum(0) == 1).all()
+            assert (done[:, total:] == 0).all()
+
+
+def test_who_has_nothing_takes_from_the_end(take_pieces: Callable[[list[int]], torch.Tensor]) -> None:
+    helped = 0
+    for _ in range(20):
+        mine, theirs = take_pieces([0, 200_000, 200_000])[:, :200_000]
+        helped += int(theirs.sum())
+        begin = int(theirs.argmax()) if theirs.any() else 200_000
+        assert theirs[begin:].all() and mine[:begin].all()
+    assert helped, "one thread did all of the pieces of twenty launches"
 
 
 def test_a_claim_is_one_atomic_instruction() -> None:
