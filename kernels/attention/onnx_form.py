@@ -77,7 +77,8 @@ def cpu_attention(
 
     qkv is (q, k, v), rotated; or, with `turns` (cos, sin), one [1, T, (H + 2 Hkv) * D] that is turned here.
     """
-    given, more = list(qkv), {}
+    given: list[str] = list(qkv)
+    more: dict[str, Any] = {}
     if turns:
         given, more = [*qkv, "", ""], {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
     return graph.nodes(

@@ -104,7 +104,7 @@ def bind(
     """
     decode, prefill = library.function("decode"), library.function("prefill")
     split, combine = library.function("split"), library.function("combine")
-    lanes, quads = configuration["lanes"], spec.head_dim // 4
+    lanes, quads = int(configuration["lanes"]), spec.head_dim // 4
     groups, queries = spec.num_heads // heads_of(spec), queries_of(spec)
 
     def call(
