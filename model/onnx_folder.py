@@ -73,7 +73,8 @@ def compile_onnx(
         exact.write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
         checked = _check(exact, source, options, kv)
         exact.write_bytes(_with_level(for_cpu, LEVELS["float"]).SerializeToString())
-        checked["cpu_error"] = _check(exact, source, options, kv)["error"]
+        again = _check(exact, source, options, kv)
+        checked |= {"cpu_error": again["error"]} if "error" in again else {}
         if activation != "auto":
             exact.unlink()
         tokenizer = _tokenizer(checkpoint)
@@ -141,7 +142,7 @@ def _check(path: Path, checkpoint: Any, options: GraphOptions, kv: str) -> dict[
         api = require("onnxruntime")
     except UnsupportedError as error:
         _log.warning("the graph is not checked: %s", error)
-        return {"onnxruntime": "", "error": None}
+        return {"onnxruntime": ""}
     session = DecoderSession(path, threads=torch.get_num_threads(), provider=CPU)
     config = checkpoint.config
     decoder = OnnxDecoder(session, config, options.context)

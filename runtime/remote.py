@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import pickle
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..compiler.child import Child, ChildError
 from ..compiler.errors import BuildError, UnsupportedError
 from ..compiler.journal import Trial
-from ..compiler.measure import Measured
+from ..compiler.measure import Measured, Sample
 from ..compiler.target import Target, available_cores
 from ..compiler.tuner import OutOfTime, Problem
 from .device import ANSWER, DESCRIBE, target_of, unreachable
@@ -102,14 +103,42 @@ class _Device:
         """Return the answer of the device's child. Raises ChildError, DeviceLost."""
         text = pickle.dumps((request, seconds))
         call = lambda: self._session.get_function(ANSWER)(text)  # noqa: E731
-        kind, value = pickle.loads(bytes(_within(call, seconds + _GRACE)))
+        kind, value = read_answer(bytes(_within(call, seconds + _GRACE)))
         if kind != "answer":
             raise ChildError(kind, value)
         return value
 
     def describe(self) -> Target:
         """Return its target."""
-        return target_of(str(_within(self._session.get_function(DESCRIBE), _CONNECT_SECONDS)))
+        text = str(_within(self._session.get_function(DESCRIBE), _CONNECT_SECONDS))
+        try:
+            return target_of(text)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DeviceLost(f"what it says of itself cannot be read: {error}") from error
+
+
+class _Answers(pickle.Unpickler):
+    """Reads results alone: a device runs what it is sent, but sends nothing that runs here."""
+
+    _known: ClassVar = {(kind.__module__, kind.__qualname__): kind for kind in (Trial, Measured, Sample)}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the results' classes."""
+        found = self._known.get((module, name))
+        if found is None:
+            raise pickle.UnpicklingError(f"it sent a {module}.{name}, which is no result")
+        return found
+
+
+def read_answer(data: bytes) -> tuple[str, Any]:
+    """Return (kind, value) of a device's answer. Raises DeviceLost for anything else."""
+    try:
+        kind, value = _Answers(io.BytesIO(data)).load()
+    except Exception as error:  # whatever pickle makes of damaged bytes
+        raise DeviceLost(f"its answer cannot be read: {error}") from error
+    if not isinstance(kind, str):
+        raise DeviceLost(f"its answer cannot be read: {kind!r}")
+    return kind, value
 
 
 def _within(call: Callable[[], Any], seconds: float) -> Any:
@@ -128,7 +157,8 @@ def _within(call: Callable[[], Any], seconds: float) -> Any:
     except queue.Empty:
         raise DeviceLost(f"no answer within {seconds:.0f} s") from None
     if not good:
-        raise DeviceLost(f"{type(value).__name__}: {str(value).strip().splitlines()[-1:]}") from value
+        said = str(value).strip().splitlines() or [type(value).__name__]
+        raise DeviceLost(said[-1]) from value
     return value
 
 
@@ -151,6 +181,7 @@ class RemoteEvaluator:
         self._waiting = list(where)  # places without a session
         self._idle: list[_Device] = []
         self._taken = 0
+        self._why = ""  # the last device was lost
         self._changed = threading.Condition()
         self._trial_seconds, self._prepare_seconds = trial_seconds, prepare_seconds
         self._builders: queue.Queue[Child] = queue.Queue()
@@ -226,7 +257,7 @@ class RemoteEvaluator:
             try:
                 found = device.ask(request, min(timeout, seconds))
             except DeviceLost as error:
-                lost = str(error)
+                lost = self._why = str(error)
                 self._drop()
                 continue
             except ChildError as error:
@@ -263,12 +294,14 @@ class RemoteEvaluator:
                     self._taken += 1
                     return self._idle.pop()
                 if not self._waiting:
-                    raise NoDevice("every device is lost; the trials so far are kept")
+                    why = f" ({self._why})" if self._why else ""
+                    raise NoDevice(f"every device is lost{why}; the trials so far are kept")
                 place = self._waiting.pop()
                 self._taken += 1
             try:
                 return _Device(place)
-            except DeviceLost:
+            except DeviceLost as error:
+                self._why = f"{place.host}:{place.port}: {error}"
                 self._drop()
 
     def _give(self, device: _Device) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -14,17 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from edgeformer.cli import app
 from edgeformer.compiler.errors import UnsupportedError
-from edgeformer.compiler.journal import Journal
+from edgeformer.compiler.journal import Journal, Trial
+from edgeformer.compiler.measure import Measured, Sample
 from edgeformer.compiler.operator import Form, Operator, Tuning
 from edgeformer.compiler.records import RecordStore
 from edgeformer.compiler.space import Axis, Space
 from edgeformer.compiler.target import detect
 from edgeformer.compiler.tuner import Problem, tune
 from edgeformer.kernels.quant_matmul import OPERATOR, QuantMatmulSpec, WeightFormat
-from edgeformer.runtime.remote import NoDevice, Place, RemoteEvaluator, parse_address, places
+from edgeformer.runtime.remote import (
+    DeviceLost,
+    NoDevice,
+    Place,
+    RemoteEvaluator,
+    parse_address,
+    places,
+    read_answer,
+)
 from edgeformer.runtime.tuning import problem_of, versions
+
+from ..model.conftest import write_gguf
 
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
 pytestmark = pytest.mark.real
@@ -165,7 +180,8 @@ def test_a_kernel_is_built_here_and_checked_and_timed_there(start: Any, tmp_path
     assert {t.status for t in journal.trials(given.key)} <= {"good", "noisy", "pruned"}
 
 
-def test_three_devices_of_a_tracker_share_the_trials(start: Any, tmp_path: Path) -> None:
+def tracker_with(start: Any, devices: int, key: str) -> tuple[str, list[Place]]:
+    """Start a tracker and devices that report to it; return its address and the devices' places."""
     port = free_port()
     start(
         "tvm.exec.rpc_tracker",
@@ -185,15 +201,63 @@ def test_three_devices_of_a_tracker_share_the_trials(start: Any, tmp_path: Path)
             break
         except OSError:
             time.sleep(0.2)
-    _, alone = serve(start)
-    for _ in range(3):
-        serve(start, "--tracker", tracker, "--key", "board")
+    for _ in range(devices):
+        serve(start, "--tracker", tracker, "--key", key)
     where: list[Place] = []
-    while len(where) < 3 and time.monotonic() < deadline:
+    while len(where) < devices and time.monotonic() < deadline:
         try:
-            where = places([], tracker, "board")
+            where = places([], tracker, key)
         except NoDevice:
             time.sleep(0.5)
+    return tracker, where
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that runs `edgeformer tune` in this process, with a cache folder of its own."""
+    monkeypatch.setenv("EDGEFORMER_CACHE_DIR", str(tmp_path / "here"))
+    return lambda *arguments: CliRunner().invoke(app, ["tune", *map(str, arguments)])
+
+
+def test_the_command_tunes_on_a_device_and_keeps_the_records_here(
+    start: Any, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = write_gguf(tmp_path / "model.gguf", "Q4_0").path
+    process, port = serve(start, "--key", "box")
+    place = ("--rpc", f"127.0.0.1:{port}", "--operators", "quant_matmul", "--budget", "20s", "-o", "json")
+    done = command(model, *place, "--key", "box", "-t", "1")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["trials"] > 0 and {row["state"] for row in found["problems"]} <= {"tuned", "stopped", "kept"}
+    records = RecordStore(tmp_path / "here", shipped=tmp_path / "none").all()
+    assert {record.operator for record, _ in records} <= {"quant_matmul"}
+    assert len(records) >= sum(row["state"] == "tuned" for row in found["problems"])
+    for more, text in (((*place, "--key", "wrong"), f"every device is lost (127.0.0.1:{port}: "),
+                       (("--rpc", f"127.0.0.1:{free_port()}"), "refused"),
+                       (("--rpc", "here"), "HOST:PORT")):  # fmt: skip
+        refused = command(model, *more)
+        assert refused.exit_code == 2 and len(refused.stderr.strip().splitlines()) == 1, refused.output
+        assert text in refused.stderr
+    assert process.poll() is None
+
+
+def test_the_command_takes_every_free_device_of_a_tracker(
+    start: Any, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = write_gguf(tmp_path / "model.gguf", "Q4_0").path
+    tracker, where = tracker_with(start, 2, "board")
+    assert len(where) == 2
+    options = ("--tracker", tracker, "--operators", "quant_matmul", "--budget", "20s", "-t", "1")
+    done = command(model, *options, "--key", "board", "-o", "json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["trials"] > 0
+    none = command(model, *options, "--key", "phone")
+    assert none.exit_code == 2 and "no device of the key 'phone'" in none.stderr
+
+
+def test_three_devices_of_a_tracker_share_the_trials(start: Any, tmp_path: Path) -> None:
+    _, where = tracker_with(start, 3, "board")
+    _, alone = serve(start)
     one, one_took = run_null([Place("127.0.0.1", alone)], tmp_path / "one", 18)
     three, three_took = run_null(where, tmp_path / "three", 18)
     assert (one.trials, three.trials) == (18, 18)
@@ -275,6 +339,21 @@ def test_wrong_keys_garbage_and_nobody_are_told(start: Any, tmp_path: Path) -> N
     for text in ("board", "board:", ":1", "board:0", "board:99999", "board:x"):
         with pytest.raises(UnsupportedError, match="HOST:PORT"):
             parse_address(text)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage", pickle.dumps(3), pickle.dumps((1, 2)), pickle.dumps(("answer", os.system))]
+)
+def test_answers_that_are_no_results_count_as_a_lost_device(data: bytes) -> None:
+    with pytest.raises(DeviceLost, match="cannot be read"):
+        read_answer(data)
+
+
+def test_answers_bring_results_alone() -> None:
+    trial = Trial({"a": 1}, "good", 0.5, 1.0, 0.1)
+    measured = Measured((Sample(1.0, 0.1, 3),), ((1.0, 1.1),), 0.0, 1)
+    for value in (trial, measured, ("text", b"bytes", 1)):
+        assert read_answer(pickle.dumps(("answer", value))) == ("answer", value)
 
 
 def test_a_device_says_that_rpc_is_code_execution_and_stays_on_loopback(start: Any) -> None:
