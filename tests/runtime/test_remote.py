@@ -224,7 +224,7 @@ def test_the_command_tunes_on_a_device_and_keeps_the_records_here(
 ) -> None:
     model = write_gguf(tmp_path / "model.gguf", "Q4_0").path
     process, port = serve(start, "--key", "box")
-    place = ("--rpc", f"127.0.0.1:{port}", "--operators", "quant_matmul", "--budget", "20s", "-o", "json")
+    place = ("--rpc", f"127.0.0.1:{port}", "--operators", "quant_matmul", "--budget", "10s", "-o", "json")
     done = command(model, *place, "--key", "box", "-t", "1")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -241,6 +241,7 @@ def test_the_command_tunes_on_a_device_and_keeps_the_records_here(
     assert process.poll() is None
 
 
+@pytest.mark.slow  # places of a tracker, and the command with one device, are tested each by itself
 def test_the_command_takes_every_free_device_of_a_tracker(
     start: Any, command: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -56,7 +56,9 @@ def test_kills_cost_at_most_the_trial_under_way(tmp_path: Path) -> None:
         assert RecordStore(tmp_path).problems() == []
         journal.close()
     assert worker(tmp_path, "fast", 0).wait(120) == 0
-    assert all(p.done for p in read_progress(tmp_path)) and len(RecordStore(tmp_path, tmp_path).files()) == 3
+    assert len(RecordStore(tmp_path, tmp_path).files()) == 3
+    # A kill between a record and its mark in the journal leaves the mark out; the record stands.
+    assert sum(not p.done for p in read_progress(tmp_path)) <= 1
 
 
 def test_many_tuners_share_a_folder_and_no_problem_has_two(tmp_path: Path) -> None:
