@@ -201,6 +201,7 @@ def load_onnx(
     count, provider = set_threads(threads), choose_provider()
     short = held[CPU_MODEL if provider == CPU and CPU_MODEL in held else MODEL]
     session = DecoderSession(short, threads=count, provider=provider, long=held.get(LONG))
+    set_threads(1)  # torch does little here, and its threads would spin on the cores of ONNX Runtime's
     resolved = directml_target(session.provider)
     use_target(resolved)
     return OnnxModel(
