@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..shared.isa.table import TABLE
 
 LINE_BYTES = 64 * 8  # bytes that one step of the read loop takes
-PIECE_LINES = 2048  # 1 MiB: of the read loop, what a thread takes at a time
+PIECE_LINES, PIECES = 2048, 16  # what a thread of the read loop takes: 1 MiB, or one of so many parts
 TILE_VECTORS = 2
 L1_STEPS = 16  # the operands of so many steps lie in L1
 

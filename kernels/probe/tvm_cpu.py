@@ -14,6 +14,7 @@ from .operations import (
     LINE_BYTES,
     MATRIX_STEPS,
     PIECE_LINES,
+    PIECES,
     TILE_STATE_BYTES,
     TILE_VECTORS,
 )
@@ -33,18 +34,20 @@ def _read(isa: Isa) -> Any:
     """
     k = tir.Kernel("read", [("threads", "int64"), ("lines", "int64"), ("data", "*int32"), ("out", "int64")])
     lanes, words = isa.lanes, LINE_BYTES // 4
-    distance, place = (16384, 1) if isa.name == "amx" else (8192, 3)
+    distance, place = (16384, 1) if isa.name == "amx" else (8192, 3)  # see quant_matmul's space
     out = tir.buffer_at(k["out"], "int32")
     counter = tir.let(k["out"] + k["threads"] * 64)
     reset(counter)
+    share = T.truncdiv(k["lines"], k["threads"] * PIECES)
+    size = tir.let(T.max(T.min(share, T.int64(PIECE_LINES)), T.int64(1)))
     with tir.parallel(k["threads"]) as thread:
         sums = [tir.Register("int32", lanes) for _ in range(words // lanes)]
         for part in sums:
             part.set(tir.i32(0, lanes))
-        pieces = T.truncdiv(k["lines"] + (PIECE_LINES - 1), T.int64(PIECE_LINES))
+        pieces = T.truncdiv(k["lines"] + (size - 1), size)
         with claimed(counter, pieces) as piece:
-            first = tir.let(piece * PIECE_LINES)
-            with tir.loop(tir.let(T.min(k["lines"] - first, T.int64(PIECE_LINES)))) as i:
+            first = tir.let(piece * size)
+            with tir.loop(tir.let(T.min(k["lines"] - first, size))) as i:
                 at = tir.let((first + i) * words)
                 for line in range(LINE_BYTES // 64):
                     tir.prefetch(k["data"], at + line * 16 + distance // 4, place)

@@ -28,9 +28,9 @@ def library(isa: str):
     return launch.load_or_build("probe", TVM_CPU, ProbeSpec(), {}, detect().with_isa(isa))
 
 
+@pytest.mark.parametrize("lines", [37, 40 * PIECE_LINES + 37])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_read_visits_every_byte_once(threads: int) -> None:
-    lines = 2 * PIECE_LINES + 37
+def test_read_visits_every_byte_once(threads: int, lines: int) -> None:
     data = torch.randint(-(2**31), 2**31 - 1, (lines * LINE_BYTES // 4 + 4096,), dtype=torch.int32)
     lanes = by_name(detect().isa).lanes
     out = torch.full((threads * 16 + 16,), -1, dtype=torch.int32)
