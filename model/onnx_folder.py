@@ -70,11 +70,11 @@ def compile_onnx(
         model, for_cpu = _write_graphs(aside, source, options, FLOATS[kv], progress)
         found = fallbacks(model)
         exact = aside / LONG
-        exact.write_bytes(_with_level(model, LEVELS["float"]).SerializeToString())
-        checked = _check(exact, source, options, kv)
-        exact.write_bytes(_with_level(for_cpu, LEVELS["float"]).SerializeToString())
-        again = _check(exact, source, options, kv)
-        checked |= {"cpu_error": again["error"]} if "error" in again else {}
+        graphs = {
+            "error": _with_level(model, LEVELS["float"]),
+            "cpu_error": _with_level(for_cpu, LEVELS["float"]),
+        }
+        checked = _check(graphs, exact, source, options, kv)
         if activation != "auto":
             exact.unlink()
         tokenizer = _tokenizer(checkpoint)
@@ -136,33 +136,50 @@ def _tokenizer(checkpoint: Any) -> ModelTokenizer | None:
     return ModelTokenizer(checkpoint.metadata, checkpoint.path)
 
 
-def _check(path: Path, checkpoint: Any, options: GraphOptions, kv: str) -> dict[str, Any]:
-    """Run a graph with fp32 activations on the CPU: a prompt, a second chunk, single tokens."""
+def _check(
+    graphs: dict[str, Any], path: Path, checkpoint: Any, options: GraphOptions, kv: str
+) -> dict[str, Any]:  # fmt: skip
+    """Write each graph (with fp32 activations) to `path`, run it on the CPU and return how far it is off.
+
+    The last one stays there.
+    """
     try:
         api = require("onnxruntime")
     except UnsupportedError as error:
         _log.warning("the graph is not checked: %s", error)
+        path.write_bytes(list(graphs.values())[-1].SerializeToString())
         return {"onnxruntime": ""}
-    session = DecoderSession(path, threads=torch.get_num_threads(), provider=CPU)
     config = checkpoint.config
-    decoder = OnnxDecoder(session, config, options.context)
     room = min(options.context, 21)
     ids = torch.randint(0, config.vocab_size, (1, room), generator=torch.Generator().manual_seed(room))
+    reference = Decoder.from_checkpoint(checkpoint, context=options.context)
+    hidden = reference_hidden(reference, [ids[0]])[0]
+    head = reference.head.weight.unpack().dequantize()
+    expected = capped(hidden @ head.T, config.logit_softcap)
+    del reference
+    checked: dict[str, Any] = {"onnxruntime": api.__version__, "provider": CPU}
+    for name, graph in graphs.items():
+        path.write_bytes(graph.SerializeToString())
+        got = _logits(path, config, options.context, ids)
+        checked[name] = error = ((got - expected).norm() / expected.norm()).item()
+        if not error <= WORST[kv]:
+            raise BuildError(
+                f"the ONNX graph's logits are {error:.1e} from fp32 PyTorch's; nothing is written"
+            )
+    return checked
+
+
+def _logits(path: Path, config: Any, context: int, ids: torch.Tensor) -> torch.Tensor:
+    """Return a graph's logits of a prompt, a second chunk, single tokens."""
+    session = DecoderSession(path, threads=torch.get_num_threads(), provider=CPU)
+    decoder = OnnxDecoder(session, config, context)
     cache = decoder.new_cache(1)
     parts = [ids[:, start:stop] for start, stop in ((0, 13), (13, 18), (18, 19), (19, 20), (20, 21))]
     got, position = [], 0
     for part in filter(torch.Tensor.numel, parts):
         got.append(decoder(part, cache, position, last_only=False)[0])
         position += part.shape[1]
-    del session, cache
-    reference = Decoder.from_checkpoint(checkpoint, context=options.context)
-    hidden = reference_hidden(reference, [ids[0]])[0]
-    head = reference.head.weight.unpack().dequantize()
-    expected = capped(hidden @ head.T, config.logit_softcap)
-    error = ((torch.cat(got) - expected).norm() / expected.norm()).item()
-    if not error <= WORST[kv]:
-        raise BuildError(f"the ONNX graph's logits are {error:.1e} from fp32 PyTorch's; nothing is written")
-    return {"onnxruntime": api.__version__, "provider": CPU, "error": error}
+    return torch.cat(got)
 
 
 def _with_level(model: Any, level: int) -> Any:
