@@ -22,9 +22,7 @@ from edgeformer.cli import app
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.journal import Journal, Trial
 from edgeformer.compiler.measure import Measured, Sample
-from edgeformer.compiler.operator import Form, Operator, Tuning
 from edgeformer.compiler.records import RecordStore
-from edgeformer.compiler.space import Axis, Space
 from edgeformer.compiler.target import detect
 from edgeformer.compiler.tuner import Problem, tune
 from edgeformer.kernels.quant_matmul import OPERATOR, QuantMatmulSpec, WeightFormat
@@ -40,64 +38,22 @@ from edgeformer.runtime.remote import (
 from edgeformer.runtime.tuning import problem_of, versions
 
 from ..model.conftest import write_gguf
+from .null_tuning import Null, null_operators
 
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
 pytestmark = pytest.mark.real
-SECONDS = 0.4  # of a null kernel's trial
-
-
-@dataclasses.dataclass(frozen=True)
-class Null:
-    """A problem whose kernels do nothing for a fixed time."""
-
-    name: str = "null"
-
-    def key(self) -> str:
-        return self.name
-
-
-class NullWork:
-    """Inputs of nothing."""
-
-    nbytes: int = 1
-    operations: int = 1
-    arithmetic: str = "float"
-    copies: int = 1
-    area: tuple[int, int]
-
-    def __init__(self, *ignored: Any) -> None:
-        import torch
-
-        self._memory = torch.ones(1 << 20, dtype=torch.uint8)
-        self.area = (int(self._memory.data_ptr()), 1 << 20)
-
-    def run(self, call: Callable[..., Any], index: int) -> None:
-        call()
-
-
-def null_operators() -> dict[str, Operator]:
-    """What a device's process imports: the check of a null kernel takes the time of a trial."""
-
-    def check(*ignored: Any) -> str:
-        time.sleep(SECONDS / 3)  # three seeds
-        return ""
-
-    tuning = Tuning(lambda *_: "null", lambda *_: ("null", {}), lambda *_: (), NullWork, check)
-    space = lambda *_: Space((Axis("number", tuple(range(40))),))  # noqa: E731
-    form = Form("null", "none", lambda *_: None, space, lambda *_: lambda: None, None, (), tuning)
-    return {"null": Operator("null", Null, lambda: None, (form,))}
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child processes of this one import this file by its name."""
+    """The child processes of this one import the null operator by its module's name."""
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
 
 
 def null_problem() -> Problem:
     found = problem_of(null_operators()["null"], Null(), {"m": 1}, detect(), 1)
     assert found is not None
-    provider = f"{Path(__file__).stem}:null_operators"
+    provider = "null_tuning:null_operators"
     return dataclasses.replace(found, request=dataclasses.replace(found.request, provider=provider))
 
 
