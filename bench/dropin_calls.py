@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,10 @@ def call_overhead() -> Iterator[tuple[str, float, float]]:
         weight = CanonicalWeight.from_float(torch.randn(n, k), WeightFormat.int4(zero="minimum"))
         packed = LayerWeight.of(pack(weight, dispatch.current_target()), torch.float32)
         layer = Linear(packed, None)
-        yield f"linear {n} x {k}, int4", *_compare(lambda x, layer=layer: layer(x), torch.randn(1, 1, k))
+        yield f"linear {n} x {k}, int4", *_compare(layer, torch.randn(1, 1, k))
     for d in (64, 576):
         norm = Norm(torch.nn.Parameter(torch.ones(d), requires_grad=False), None, 1e-5, "rms", 0.0)
-        yield f"norm {d}", *_compare(lambda x, norm=norm: norm(x), torch.randn(1, 1, d))
+        yield f"norm {d}", *_compare(norm, torch.randn(1, 1, d))
 
 
 @torch.inference_mode()
@@ -33,9 +34,10 @@ def _compare(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
     """Medians of both, in turn; the native call is the one that the layer made, with its arguments."""
     layer(x)
     native = _native_call(layer, x)
+    calls = functools.partial(layer, x), native
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_CALLS):
-        for side, call in enumerate((lambda: layer(x), native)):
+        for side, call in enumerate(calls):
             start = time.perf_counter()
             call()
             times[side].append(time.perf_counter() - start)
@@ -78,4 +80,6 @@ def _native_call(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
         dispatch._bound.update(bound)
         dispatch._generation = held
     function, arguments = seen[-1]
-    return lambda keep=keep: function(*arguments)
+    call = functools.partial(function, *arguments)
+    call.keep = keep  # pyright: ignore[reportAttributeAccessIssue]  # addresses stay valid
+    return call

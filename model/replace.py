@@ -17,7 +17,7 @@ from ..compiler.target import Target
 from ..kernels.norm import OPERATOR as NORM
 from ..kernels.norm.spec import NormSpec
 from ..kernels.quant_matmul import OPERATOR as QUANT_MATMUL
-from ..kernels.quant_matmul import CanonicalWeight, QuantMatmulSpec, WeightFormat, pack
+from ..kernels.quant_matmul import QuantMatmulSpec, WeightFormat, pack_float
 from ..kernels.shared.memory import Arena
 from ..runtime import dispatch
 from ..runtime.memory import give_back
@@ -219,8 +219,12 @@ class _Job:
         return gated.train(module.training)
 
     def _packed(self, weight: torch.Tensor, fmt: WeightFormat, pair: bool = False) -> LayerWeight:
-        canonical = CanonicalWeight.from_float(weight, fmt)
-        packed = pack(canonical, self.target, pair, self.arena)
+        large = not self.keep and weight.nbytes >= _GIVE_BACK
+        if large:
+            give_back()  # a head beside its copy is the peak: with nothing else that is free
+        packed = pack_float(weight.detach(), fmt, self.target, pair, self.arena)
+        if large:
+            give_back()
         return LayerWeight.of(packed, weight.dtype)
 
     def _activation(self, fmt: WeightFormat) -> str:

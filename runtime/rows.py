@@ -24,7 +24,6 @@ from ..kernels.quant_matmul.space import fastest_activation
 from ..kernels.rope import OPERATOR as ROPE
 from ..kernels.rope.spec import RopeSpec
 from ..kernels.shared.memory import aligned_empty
-from ..kernels.shared.scratch import scratch
 from . import dispatch
 from .dispatch import bound
 from .kv_cache import LayerKV
@@ -48,26 +47,6 @@ def matmul_row(weight: PackedWeight, dtype: torch.dtype, bias: bool, epilogue: s
         activation = fastest_activation(1, weight.format, dispatch.current_target())
     call = bind_matmul(torch.empty(0, dtype=dtype), weight, bias, False, epilogue, activation, 0.0, None, 1)
     return getattr(call, "row", None)
-
-
-def matmul_call(
-    weight: PackedWeight, dtype: torch.dtype, bias: bool, epilogue: str, activation: str
-) -> Callable[[int, int, int, int], None] | None:
-    """Return call(x, weight, bias or 0, y) of a product; its areas stay worked out for one scratch."""
-    row = matmul_row(weight, dtype, bias, epilogue, activation)
-    if row is None:
-        return None
-    gemv, nbytes, areas, threads = row.gemv, row.nbytes, row.areas, torch.get_num_threads
-    held: tuple[int, tuple[int, ...]] = (0, ())
-
-    def call(x: int, weight: int, bias: int, y: int) -> None:
-        nonlocal held
-        base, places = scratch(nbytes), held
-        if places[0] != base:
-            places = held = (base, areas(base))
-        gemv(1, threads(), 1, x, weight, bias, 0, y, *places[1])
-
-    return call
 
 
 def norm_row(

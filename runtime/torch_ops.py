@@ -25,6 +25,7 @@ from . import ops
 _is_compiling, _grad = torch.compiler.is_compiling, torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 _ROWS = 1024  # rows of W that are dequantised at a time
 _LIBRARY = torch.library.Library("edgeformer", "DEF")
@@ -81,15 +82,16 @@ def note(operator: str, identity: int, rows: int) -> None:
 def direct(x: Tensor) -> bool:
     """Whether a kernel may be called on `x` without the dispatcher.
 
-    Not under torch.compile and export, with tensor subclasses, dispatch modes or functorch transforms. Nor
-    where a gradient is recorded.
+    Not under torch.compile, export and torch.jit.trace, with tensor subclasses, dispatch modes or functorch
+    transforms. Nor where a gradient is recorded.
     """
     return not (
         torch.compiler.is_compiling()
         or x.__class__ is not Tensor
         or (torch.is_grad_enabled() and x.requires_grad)
-        or torch._C._len_torch_dispatch_stack()
+        or _modes()
         or _transforms() is not None
+        or _tracing() is not None
     )
 
 
@@ -101,6 +103,7 @@ def idle(x: Tensor) -> bool:
         or x.__class__ is not Tensor
         or _modes()
         or _transforms() is not None
+        or _tracing() is not None
         or _autocast()
         or not x.is_cpu
     )

@@ -10,14 +10,22 @@ from ...compiler.operator import Declined, Form, Operator, reference_form
 from ...compiler.target import Target
 from ..shared.isa.table import MATRIX
 from . import opencl
-from .packing import PackedWeight, pack
+from .packing import PackedWeight, pack, pack_float
 from .reference import quant_matmul as reference
 from .space import space
 from .spec import QuantMatmulSpec
 from .tuning import TUNING
 from .weight_format import CanonicalWeight, WeightFormat
 
-__all__ = ["OPERATOR", "CanonicalWeight", "PackedWeight", "QuantMatmulSpec", "WeightFormat", "pack"]
+__all__ = [
+    "OPERATOR",
+    "CanonicalWeight",
+    "PackedWeight",
+    "QuantMatmulSpec",
+    "WeightFormat",
+    "pack",
+    "pack_float",
+]
 
 
 def _decide(spec: QuantMatmulSpec, target: Target) -> Declined | None:

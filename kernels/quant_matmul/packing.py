@@ -14,6 +14,7 @@ With `pair`, blocks of the first half of the rows (gate) alternate with blocks o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..shared.memory import Arena, aligned_empty
 from .weight_format import CanonicalWeight, WeightFormat
 
 BLOCK = 32
+_STEP = 1 << 20  # values packed at a time: the peak stays small, and so does what leaves the cache
 _NO_GRADIENT = (
     "a packed weight has no gradient; detach() it and train an adapter beside it, "
     "or multiply by unpack().dequantize()"
@@ -191,24 +193,48 @@ def pack(
     A weight on the meta device gets a buffer on the meta device: its size and layout, no memory.
     Raises UnsupportedError for a pair with an odd number of rows and for a weight that wants a gradient.
     """
-    fmt, n, k = weight.format, weight.n, weight.k
     if any(t.requires_grad for t in weight.tensors().values()):
         raise UnsupportedError(_NO_GRADIENT)
+    return _pack(weight.format, (weight.n, weight.k), weight.codes.is_meta, weight.rows, target, pair, arena)
+
+
+def pack_float(
+    weight: torch.Tensor, fmt: WeightFormat, target: Target | None = None, pair: bool = False,
+    arena: Arena | None = None,
+) -> PackedWeight:  # fmt: skip
+    """Return pack(CanonicalWeight.from_float(weight, fmt), ...) of a float weight [N, K].
+
+    Some rows at a time: what this takes besides the result is some megabytes, however large the weight.
+    """
+
+    def rows(index: torch.Tensor) -> CanonicalWeight:
+        return CanonicalWeight.from_float(weight[index], fmt)
+
+    n, k = weight.shape
+    return _pack(fmt, (n, k), weight.is_meta, rows, target, pair, arena)
+
+
+def _pack(
+    fmt: WeightFormat, shape: tuple[int, int], meta: bool, rows_of: Callable[[torch.Tensor], CanonicalWeight],
+    target: Target | None, pair: bool, arena: Arena | None,
+) -> PackedWeight:  # fmt: skip
+    (n, k), geometry = shape, Geometry(fmt, shape[1])
     if pair and n % 2:
         raise UnsupportedError(f"a gate and up pair needs an even number of rows, not {n}")
     layout = layout_for(fmt, target or detect(), pair)
-    geometry = Geometry(fmt, k)
-    if weight.codes.is_meta:
+    if meta:
         size = (2 * -(-n // 2 // BLOCK) if pair else -(-n // BLOCK)) * geometry.block_bytes
         return PackedWeight(torch.empty(size, dtype=torch.uint8, device="meta"), fmt, n, k, layout)
     rows = _block_rows(n, pair)
     blocks = rows.numel() // BLOCK
     buffer = (aligned_empty if arena is None else arena.take)(blocks * geometry.block_bytes)
-    step = max(1, (16 << 20) // max(1, BLOCK * k))  # pack some blocks at a time: the peak stays small
+    step = max(1, _STEP // max(1, BLOCK * k))
     view = buffer.view(blocks, geometry.block_bytes)
     for start in range(0, blocks, step):
         index = rows[start * BLOCK : (start + step) * BLOCK]
-        view[start : start + step] = _pack_blocks(weight, index, geometry, layout)
+        there = index >= 0
+        local = torch.where(there, there.cumsum(0) - 1, -1)  # padding is no row of the part
+        view[start : start + step] = _pack_blocks(rows_of(index[there]), local, geometry, layout)
     return PackedWeight(buffer, fmt, n, k, layout)
 
 

@@ -21,7 +21,7 @@ def poisoned() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
-    held = getattr(scratch._local, "buffer", None)
+    held = scratch.local.buffer
     if held is not None:
         held.fill_(255)
     torch.use_deterministic_algorithms(True, warn_only=True)

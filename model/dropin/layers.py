@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from ...compiler.errors import UnsupportedError
-from ...kernels.quant_matmul import CanonicalWeight, PackedWeight, pack
+from ...kernels.quant_matmul import CanonicalWeight, PackedWeight, pack, pack_float
+from ...kernels.shared.scratch import local, scratch
 from ...runtime import dispatch, rows, torch_ops
-from ...runtime.torch_ops import direct, idle
+from ...runtime.torch_ops import _autocast, _grad, _is_compiling, _modes, _tracing, _transforms, direct
 from ..layers import GATES, PackedModule
 
-_empty_like = torch.empty_like
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
@@ -59,7 +62,7 @@ class LayerWeight(PackedWeight):
     def data(self, value: Tensor) -> None:
         if value.shape != self.shape:
             raise UnsupportedError(f"a weight of {tuple(self.shape)} cannot take {tuple(value.shape)}")
-        packed = pack(CanonicalWeight.from_float(value, self.format), dispatch.current_target(), self.pair)
+        packed = pack_float(value, self.format, dispatch.current_target(), self.pair)
         self.buffer.copy_(packed.buffer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerWeight:
@@ -84,18 +87,64 @@ def autocast(x: Tensor) -> Tensor:
 class OneRow(nn.Module):
     """A layer that calls its kernel on bare addresses for one row [1, 1, K] with nobody watching.
 
-    Decoding a token is some hundred such calls of a few microseconds; the general path costs as much again.
+    Decoding a token is some hundred such calls of a few microseconds; nn.Module's own call, the checks of
+    the general path and its reshapes cost as much again. Hooks, gradients, autocast, tracing, tensor
+    subclasses and a `forward` set on the instance go through nn.Module's call.
     """
 
     _one: tuple[int, int, int]
     _out: tuple[int, int, int]
-    # (dtype of x, generation of the target, call or None, a tensor like the result, the weight's address)
+    _then: str = ""  # the child that takes the kernel's result
+    # (dtype of x, generation of the target, call or None, a tensor like the result, what the layer adds)
     _lean: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lean": None}
 
-    def _bind_row(self, dtype: torch.dtype) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if _is_compiling() or named or len(inputs) != 1:
+            return super().__call__(*inputs, **named)
+        x = inputs[0]
+        if (
+            x.__class__ is Tensor
+            and not (_grad() or _modes() or _autocast())
+            and _transforms() is _tracing() is None
+            and x.shape == self._one
+            and x.is_cpu
+            and x.is_contiguous()
+            and not (
+                self._forward_hooks or self._forward_pre_hooks or _hooks or _pre_hooks
+                or "forward" in self.__dict__ or self._compiled_call_impl is not None
+            )
+        ):  # fmt: skip
+            lean = self._lean
+            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch._generation:
+                lean = self._lean = self._bind_row(x.dtype)
+            if lean[2] is not None:
+                y = _empty_like(lean[3])
+                if self._run_row(lean, x.data_ptr(), y.data_ptr()):
+                    then: Any = self._then
+                    return self._modules[then](y) if then else y  # pyright: ignore[reportOptionalCall]
+                self._lean = None
+        return super().__call__(x)
+
+    def _bind_row(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Return `_lean` for inputs of a dtype."""
+        raise NotImplementedError
+
+    def _bind_product(
+        self, weight: LayerWeight, dtype: torch.dtype, bias: bool, epilogue: str, activation: str
+    ) -> tuple[Any, ...]:
+        """Return `_lean` of a product: weight's address and buffer, then what `gemv` takes on one scratch."""
+        row = rows.matmul_row(weight, dtype, bias, epilogue, activation)
+        lean = dtype, dispatch.generation(), row, self._like(dtype), weight.buffer.data_ptr(), weight.buffer
+        if row is None:
+            return *lean, *[None] * 8
+        base = scratch(row.nbytes)
+        return *lean, row.gemv, base, row.nbytes, *row.areas(base)
+
+    def _run_row(self, lean: tuple[Any, ...], x: int, y: int) -> bool:
+        """Compute the row at address x into y; False where a parameter is not what it was when bound."""
         raise NotImplementedError
 
     def _like(self, dtype: torch.dtype) -> Tensor:
@@ -126,36 +175,32 @@ class Linear(OneRow, PackedModule, nn.Linear):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
 
-    def _bind_row(self, dtype: torch.dtype) -> Any:
-        weight = self.weight
-        call = rows.matmul_call(weight, dtype, self.bias is not None, "none", self.activation)
-        address = weight.buffer.data_ptr()
-        return dtype, dispatch.generation(), call, self._like(dtype), address, weight.buffer
+    def _bind_row(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        bias = self.bias is not None
+        return *self._bind_product(self.weight, dtype, bias, "none", self.activation), not bias
 
     def adopt(self, weight: PackedWeight) -> None:
         """Take another weight of the same shape."""
         self._lean = None
         self.weight.become(weight)
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
-        if x.shape == self._one and idle(x) and x.is_contiguous():
-            bias: Tensor | None = self._parameters["bias"]
-            lean, buffer = self._lean, self.weight.buffer
-            if (
-                lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation()
-                or lean[5] is not buffer  # a shared weight changes with its owner
-            ):  # fmt: skip
-                lean = self._lean = self._bind_row(x.dtype)
-            _, _, call, like, weight, _ = lean
-            if call is not None and (bias is None or bias.dtype is torch.float32):
-                if torch_ops._recorders:
-                    torch_ops.note("linear", weight, 1)
-                y = _empty_like(like)
-                call(x.data_ptr(), weight, 0 if bias is None else bias.data_ptr(), y.data_ptr())
-                return y
-        return self._general(x)
+    def _run_row(self, lean: tuple[Any, ...], x: int, y: int) -> bool:
+        _, _, row, _, weight, buffer, gemv, base, size, a, b, c, d, e, bare = lean
+        bias = self._parameters["bias"]
+        if self.weight.buffer is not buffer or (bias is None) is not bare:
+            return False  # a shared weight changes with its owner
+        if bias is not None and bias.dtype is not torch.float32:
+            return False
+        if torch_ops._recorders:
+            torch_ops.note("linear", weight, 1)
+        at = 0 if bias is None else bias.data_ptr()
+        if local.address == base and local.size >= size:
+            gemv(1, _threads(), 1, x, weight, at, 0, y, a, b, c, d, e)
+        else:  # another thread
+            row(x, weight, at, y)
+        return True
 
-    def _general(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         x = autocast(x)
         if direct(x) and not (self.bias is not None and self.bias.requires_grad):
             return torch_ops.matmul(x, self.weight, self.bias, self.activation)
@@ -242,17 +287,28 @@ class GatedMLP(OneRow, PackedModule):
 
     def __init__(self, pair: LayerWeight, down: nn.Module, activation: str, gate: str = "silu") -> None:
         super().__init__(pair)
-        self.gate, self.epilogue = gate, GATES[gate]
+        self.gate, self.epilogue, self._then = gate, GATES[gate], "down_proj"
         self._one, self._out = (1, 1, pair.k), (1, 1, pair.n // 2)
         self.activation = activation
         self.gate_proj: nn.Module = Half(pair, True, activation)
         self.up_proj: nn.Module = Half(pair, False, activation)
         self.down_proj = down
 
-    def _bind_row(self, dtype: torch.dtype) -> Any:
-        weight = self.weight
-        call = rows.matmul_call(weight, dtype, False, self.epilogue, self.activation)
-        return dtype, dispatch.generation(), call, self._like(dtype), weight.buffer.data_ptr()
+    def _bind_row(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return self._bind_product(self.weight, dtype, False, self.epilogue, self.activation)
+
+    def _run_row(self, lean: tuple[Any, ...], x: int, y: int) -> bool:
+        _, _, row, _, weight, buffer, gemv, base, size, a, b, c, d, e = lean
+        halves = self._modules["gate_proj"].__class__, self._modules["up_proj"].__class__
+        if self.weight.buffer is not buffer or halves != (Half, Half):
+            return False
+        if torch_ops._recorders:
+            torch_ops.note("linear", weight, 1)
+        if local.address == base and local.size >= size:
+            gemv(1, _threads(), 1, x, weight, 0, 0, y, a, b, c, d, e)
+        else:
+            row(x, weight, 0, y)
+        return True
 
     def adopt(self, weight: PackedWeight) -> None:
         """Take another weight of the same shape."""
@@ -265,17 +321,6 @@ class GatedMLP(OneRow, PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.gate_proj.__class__ is Half and self.up_proj.__class__ is Half):
             return self.down_proj(ACTIVATIONS[self.gate](self.gate_proj(x)) * self.up_proj(x))
-        if x.shape == self._one and idle(x) and x.is_contiguous():
-            lean = self._lean
-            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
-                lean = self._lean = self._bind_row(x.dtype)
-            _, _, call, like, address = lean
-            if call is not None:
-                if torch_ops._recorders:
-                    torch_ops.note("linear", address, 1)
-                y = _empty_like(like)
-                call(x.data_ptr(), address, 0, y.data_ptr())
-                return self.down_proj(y)
         x = autocast(x)
         if direct(x):
             return self.down_proj(torch_ops.matmul(x, self.weight, None, self.activation, self.epilogue))
@@ -299,34 +344,32 @@ class Norm(OneRow):
         self.eps, self.kind, self.weight_offset = eps, kind, weight_offset
         self._one = self._out = (1, 1, weight.shape[0])
 
-    def _bind_row(self, dtype: torch.dtype) -> Any:
+    def _bind_row(self, dtype: torch.dtype) -> tuple[Any, ...]:
         weight, biased = self.weight, self.bias is not None
         call = rows.norm_row(weight, dtype, biased, self.eps, self.kind, self.weight_offset)
-        return dtype, dispatch.generation(), call, self._like(dtype), weight.dtype
+        return dtype, dispatch.generation(), call, self._like(dtype), weight.dtype, not biased
 
     @property
     def variance_epsilon(self) -> float:
         """The name that transformers gives to eps."""
         return self.eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape == self._one and idle(x) and x.is_contiguous():
-            parameters = self._parameters
-            weight, bias = parameters["weight"], parameters["bias"]
-            lean = self._lean
-            if lean is None or lean[0] is not x.dtype or lean[1] != dispatch.generation():
-                lean = self._lean = self._bind_row(x.dtype)
-            _, _, call, like, dtype = lean
-            assert weight is not None
-            if call is not None and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
-                if torch_ops._recorders:
-                    torch_ops.note("norm", weight.data_ptr(), 1)
-                y = _empty_like(like)
-                call(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
-                return y
-        return self._general(x)
+    def _run_row(self, lean: tuple[Any, ...], x: int, y: int) -> bool:
+        _, _, call, _, dtype, bare = lean
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        if weight.dtype is not dtype or (bias is None) is not bare:
+            return False
+        if bias is not None and bias.dtype is not dtype:
+            return False
+        address = weight.data_ptr()
+        if torch_ops._recorders:
+            torch_ops.note("norm", address, 1)
+        call(x, address, 0 if bias is None else bias.data_ptr(), y)
+        return True
 
-    def _general(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.kind == "layer" and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # as torch does
         if direct(x) and not (torch.is_grad_enabled() and self.weight.requires_grad):

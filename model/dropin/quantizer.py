@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...compiler.errors import UnsupportedError
-from ...kernels.quant_matmul import CanonicalWeight, WeightFormat, pack
+from ...kernels.quant_matmul import CanonicalWeight, WeightFormat, pack, pack_float
 from ...runtime import dispatch
 from . import attention
 from .layers import LayerWeight, Linear
@@ -127,8 +127,9 @@ class EdgeFormerHfQuantizer(HfQuantizer):
             if isinstance(module, Canonical):
                 _set(model, name, module.packed(config.activation).train(module.training))
             elif not self.pre_quantized and self._wanted(name, module):
-                weight = CanonicalWeight.from_float(module.weight, config.format())
-                packed = LayerWeight.of(pack(weight, dispatch.current_target()), module.weight.dtype)
+                weight = module.weight.detach()
+                packed = pack_float(weight, config.format(), dispatch.current_target())
+                packed = LayerWeight.of(packed, weight.dtype)
                 _set(model, name, Linear(packed, module.bias, activation=config.activation))
         return model
 

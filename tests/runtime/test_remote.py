@@ -83,8 +83,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
 
     yield run
     for process in started:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
+        for pid in _family(process.pid):  # a tracker's worker would outlive it
+            os.kill(pid, signal.SIGKILL)
         process.wait()
 
 

@@ -100,7 +100,7 @@ class Guarded:
 
     def prepare(self) -> None:
         """Poison what an earlier call left in the scratch memory."""
-        held = getattr(scratch._local, "buffer", None)
+        held = scratch.local.buffer
         if held is not None:
             held.fill_(255)
 

@@ -11,7 +11,14 @@ import torch
 
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.target import detect
-from edgeformer.kernels.quant_matmul import CanonicalWeight, PackedWeight, WeightFormat, pack
+from edgeformer.kernels.quant_matmul import (
+    CanonicalWeight,
+    PackedWeight,
+    WeightFormat,
+    pack,
+    pack_float,
+    packing,
+)
 
 INTEGER = [
     *(
@@ -89,6 +96,23 @@ def test_round_trip(fmt: WeightFormat, isa: str) -> None:
 def test_many_blocks_are_packed_in_steps() -> None:
     weight = any_bits(WeightFormat.int4(), 40, 32 * 20_000)
     assert_same(pack(weight).unpack(), weight)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.key())
+def test_a_float_weight_is_rounded_and_packed_in_steps(
+    fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_STEP", 1 << 13)  # some blocks at a time
+    for n, k, pair in ((1, 1, False), (129, 300, False), (130, 300, True), (514, 33, True)):
+        weight = torch.randn(n, k).bfloat16()
+        got = pack_float(weight, fmt, pair=pair)
+        want = pack(CanonicalWeight.from_float(weight, fmt), pair=pair)
+        assert torch.equal(got.buffer, want.buffer) and (got.layout, got.n, got.k) == (want.layout, n, k)
+        assert_same(got.unpack(), want.unpack())
+    meta = pack_float(torch.empty(64, 64, device="meta"), fmt)
+    assert meta.buffer.is_meta and meta.nbytes == pack_float(torch.zeros(64, 64), fmt).nbytes
+    with pytest.raises(UnsupportedError, match="even"):
+        pack_float(torch.zeros(3, 64), fmt, pair=True)
 
 
 def test_layouts_differ_where_the_instructions_do() -> None:

@@ -72,7 +72,7 @@ def compare(spec: SparseMlpSpec, call: Callable[..., torch.Tensor], isa: str = "
             choices = [{"threshold": t} for t in (cut, 0.0, 1e9)]
         for options in choices:
             out = torch.full((m, spec.hidden), torch.nan, dtype=x.dtype)
-            held = getattr(scratch._local, "buffer", None)
+            held = scratch.local.buffer
             if held is not None:
                 held.fill_(255)
             got = call(x, *packed, out=out, **options).double()

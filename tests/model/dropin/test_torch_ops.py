@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -173,7 +174,34 @@ def test_one_row_is_the_general_path() -> None:
             layer = Linear(edgeformer_weight(packed(fmt)[0]), bias)
             x = torch.randn(1, 1, K).to(dtype)
             with torch.inference_mode():
-                assert torch.equal(layer(x), layer._general(x))
+                assert torch.equal(layer(x), layer.forward(x))
             x = torch.randn(1, 1, 2 * K).to(dtype)[..., ::2]  # not contiguous
             with torch.inference_mode():
                 assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@torch.no_grad()
+def test_whoever_watches_one_row_is_asked() -> None:
+    """Hooks, a trace, a forward of its own, another bias, another thread, after the bare call was bound."""
+    layer = Linear(edgeformer_weight(packed(EXACT)[0]), torch.randn(N), activation="float")
+    x, other = torch.randn(1, 1, K), torch.randn(1, 1, K)
+    want = layer(x)
+    seen: list[torch.Tensor] = []
+    handles = [layer.register_forward_hook(lambda m, i, o: seen.append(o) or o * 2),
+               layer.register_forward_pre_hook(lambda m, i: seen.append(i[0]))]  # fmt: skip
+    assert torch.equal(layer(x), want * 2) and len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    traced: Any = torch.jit.trace(layer, x)
+    assert relative(traced(other), layer(other)) < 1e-6 and relative(layer(other), want) > 0.1
+    layer.__dict__["forward"] = lambda x: x + 1
+    assert torch.equal(layer(x), x + 1)
+    del layer.__dict__["forward"]
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(layer, x).result(), want)
+    bias: Any = layer.bias
+    layer.bias = None  # pyright: ignore
+    assert relative(layer(x) + bias, want) < 1e-5
+    layer.bias = nn.Parameter(torch.zeros(N), requires_grad=False)
+    assert relative(layer(x) + bias, want) < 1e-5
+    assert torch.equal(layer(x=x), layer(x))  # by name, through nn.Module's call
