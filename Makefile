@@ -130,7 +130,7 @@ tritons: $(DEV_READY)
 # The drop-in tests on the oldest transformers that we claim, into .transformers/, and on the installed one.
 OLDEST_TRANSFORMERS := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.33.0
 test-transformers: $(DEV_READY)
-	test -d .transformers || $(BIN)/python -m pip install $(PIP_ARGS) --no-deps \
+	test -d .transformers || $(BIN)/python -m pip install $(PIP_ARGS) \
 		--target .transformers $(OLDEST_TRANSFORMERS)
 	PYTHONPATH=$(CURDIR)/.transformers $(BIN)/python -m pytest tests/model/dropin $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/model/dropin $(PYTEST_ARGS)

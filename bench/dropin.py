@@ -81,16 +81,17 @@ def variants(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
 def _peer(model: Any, name: str) -> Any:
     """PyTorch's own: "torch.compile", or torchao's weight-only "int8" or "int4" under it."""
     if name in ("int8", "int4"):
-        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
-            Int4WeightOnlyConfig,
-            Int8WeightOnlyConfig,
-            quantize_,
-        )
+        from torchao import quantization as ao  # pyright: ignore[reportMissingImports]
 
         if name == "int8":
-            quantize_(model, Int8WeightOnlyConfig())
+            config = ao.Int8WeightOnlyConfig()
+        elif importlib.util.find_spec("torchao.prototype.quantization.int4"):  # from 0.18 on
+            from torchao.prototype.quantization import int4  # pyright: ignore[reportMissingImports]
+
+            config = int4.PrototypeInt4WeightOnlyConfig(group_size=32)
         else:
-            quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"))
+            config = ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque")
+        ao.quantize_(model, config)
     model.forward = torch.compile(model.forward, dynamic=False)
     return model
 

@@ -36,7 +36,9 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     padding = kwargs.get("attention_mask")
     plain = kwargs.get("mask_function") is bidirectional_mask_function and not args
     if plain and isinstance(padding, Tensor) and not torch.compiler.is_compiling():
-        batch, queries, keys = (int(kwargs[name]) for name in ("batch_size", "q_length", "kv_length"))
+        batch, keys = int(kwargs["batch_size"]), int(kwargs["kv_length"])
+        places = kwargs.get("cache_position")  # of the queries, in transformers 5.0
+        queries = int(kwargs["q_length"]) if places is None else len(places)
         here = padding.dtype == torch.bool and padding.shape == (batch, keys)
         if here and kwargs.get("kv_offset", 0) == 0:
             if kwargs.get("allow_is_bidirectional_skip") and bool(padding.all()):

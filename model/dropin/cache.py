@@ -279,15 +279,25 @@ def _copy(old: LayerKV, new: LayerKV) -> None:
 
 def prepare_cache(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let `generate` make its cache, and put ours in the place of a fresh dynamic one."""
+    options = [made for made in (*args, *kwargs.values()) if isinstance(made, dict)]
+    without = [made for made in options if made.get("past_key_values") is None]  # else the caller's own cache
     result = type(model)._prepare_cache_for_generation(model, *args, **kwargs)
-    for made in (*args, *kwargs.values()):
-        if not isinstance(made, dict):
-            continue
+    for made in without:
         cache = made.get("past_key_values")
-        fresh = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False)
-        if fresh and cache is not None and not cache.offloading and uniform(model.config):
+        fresh = type(cache) is DynamicCache
+        absent = cache is None and _makes_its_own(model, args[0] if args else None)
+        if (absent or (fresh and cache is not None and not cache.offloading)) and uniform(model.config):
             made["past_key_values"] = EdgeFormerCache(model.config)
     return result
+
+
+def _makes_its_own(model: Any, generation: Any) -> bool:
+    """Whether a model's forward would make a dynamic cache: transformers 5.0 leaves it to that."""
+    return (
+        getattr(generation, "use_cache", False) is not False
+        and getattr(generation, "cache_implementation", "") is None
+        and model._supports_default_dynamic_cache()
+    )
 
 
 def uniform(config: Any) -> bool:

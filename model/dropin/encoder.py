@@ -83,7 +83,8 @@ def _valid(encoder: nn.Module, x: Tensor, named: dict[str, Any]) -> Tensor | Non
         return None
     if visible.stride(2) != 0:  # queries may differ: some other mask than padding
         return None
-    rest = (v for name, v in named.items() if name != "attention_mask")
+    # A cache's positions come in transformers 5.0, though an encoder has none.
+    rest = (v for name, v in named.items() if name not in ("attention_mask", "cache_position"))
     if any(value is not None and value is not False for value in rest):
         return None
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:

@@ -53,10 +53,14 @@ class LayerWeight(PackedWeight):
         """Where the buffer lies."""
         return self.buffer.device
 
+    def type(self, dtype: torch.dtype) -> Tensor:
+        """The values [N, K] in another dtype, a copy."""
+        return self.unpack().dequantize().to(dtype)
+
     @property
     def data(self) -> Tensor:
         """The values [N, K] in `dtype`, a copy."""
-        return self.unpack().dequantize().to(self.dtype)
+        return self.type(self.dtype)
 
     @data.setter
     def data(self, value: Tensor) -> None:

@@ -16,6 +16,14 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def skip_in_transformers_5_0(why: str) -> None:
+    """Skip a test of what the oldest transformers that is claimed cannot do by itself."""
+    import transformers
+
+    if transformers.__version__.startswith("5.0."):
+        pytest.skip(f"transformers 5.0 {why}")
+
+
 def _build(name: str, model: str, **options: Any) -> Any:
     import transformers
 

@@ -13,7 +13,7 @@ import edgeformer
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.model.dropin.cache import EdgeFormerCache
 
-from .conftest import CAUSAL, relative
+from .conftest import CAUSAL, relative, skip_in_transformers_5_0
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gemma3"])
@@ -83,6 +83,7 @@ def test_our_cache_under_another_attention(pair: Any, ids: torch.Tensor) -> None
 )
 def test_generate(pair: Any, ids: torch.Tensor, options: dict[str, Any]) -> None:
     if "prompt_lookup_num_tokens" in options:
+        skip_in_transformers_5_0("looks prompts up with an end token alone")
         ids = ids[:1]
     common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
     want, got = (m.generate(ids, **common) for m in pair)
@@ -92,6 +93,8 @@ def test_generate(pair: Any, ids: torch.Tensor, options: dict[str, Any]) -> None
 def test_an_assistant(pair: Any, ids: torch.Tensor) -> None:
     model, ours = pair
     common = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    if getattr(model.config, "sliding_window", None):
+        skip_in_transformers_5_0("cannot take tokens back from a sliding window")
     assert torch.equal(
         ours.generate(ids[:1], assistant_model=ours, **common), model.generate(ids[:1], **common)
     )

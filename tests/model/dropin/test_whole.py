@@ -11,7 +11,7 @@ from torch import nn
 import edgeformer
 from edgeformer.compiler.errors import CapacityError, UnsupportedError
 
-from .conftest import CAUSAL, SIZES, VOCAB, _build, relative
+from .conftest import CAUSAL, SIZES, VOCAB, _build, relative, skip_in_transformers_5_0
 
 WIDE = SIZES | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160, "num_key_value_heads": 1}
 
@@ -56,6 +56,7 @@ GREEDY = {"max_new_tokens": 7, "do_sample": False}
 def test_generate(pair: Any, ids: torch.Tensor, options: dict[str, Any], loop: str, padded: bool) -> None:
     model, compiled = pair
     if "prompt_lookup_num_tokens" in options:
+        skip_in_transformers_5_0("looks prompts up with an end token alone")
         ids = ids[:1]
     mask = torch.ones_like(ids)
     if padded:
