@@ -69,8 +69,9 @@ def _attention(target: Target, threads: int) -> Iterator[tuple[str, Problem]]:
         for heads, (query, shared, dim) in HEADS.items():
             for tq, tk in sizes:
                 math = fastest_math(tq, "bfloat16", target)
+                mask = "none" if tq == 1 else "causal"  # as a decode step has it
                 spec = AttentionSpec(
-                    query, shared, dim, dim, kv_dtype="bfloat16", layout="blocked", math=math
+                    query, shared, dim, dim, mask=mask, kv_dtype="bfloat16", layout="blocked", math=math
                 )
                 name = f"attention {phase} {heads} at {tk}"
                 found = problem_of(

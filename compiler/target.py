@@ -48,7 +48,8 @@ _LLVM_NAME = {
 }
 
 # The features that choose an instruction-set entry; the first whose features are all there wins.
-_AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVX512_VNNI = _AVX512 | {"avx512_vnni", "f16c", "fma"}
 _AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"})
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _DOTPROD = frozenset({"asimd", "asimddp"})
@@ -56,7 +57,7 @@ _I8MM = _DOTPROD | {"i8mm"}
 ISA_FEATURES = (
     ("amx", _AVX512_VNNI | _AMX),
     ("avx512_vnni", _AVX512_VNNI),
-    ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"}) | _AVX2),
+    ("avx512", _AVX512 | _AVX2),
     ("avx_vnni", _AVX2 | {"avx_vnni"}),
     ("avx2", _AVX2),
     ("i8mm", _I8MM),

@@ -59,21 +59,17 @@ def prefill_area(spec: AttentionSpec, isa: str, block_q: int, block_k: int) -> i
     return prefill_offsets(spec, TABLE[isa].gemm_rows, block_q, block_k)[-1]
 
 
-def score_stride(block_k: int) -> int:
-    """Return the bytes between two rows of scores: one line more than they take, to spread over L1's sets."""
-    return 4 * block_k + 64
-
-
 def matrix_offsets(spec: AttentionSpec, block_q: int, block_k: int) -> list[int]:
     """Return where a thread's areas start on a matrix unit, in bytes, then their size.
 
-    Areas: q tiles, out, m, l (rows), K tiles, V tiles, scores, weight tiles, bounds, state of the unit.
+    Areas: q tiles, out, m, l (rows), K tiles, V tiles, scores (or 32 rows of out), weight tiles, bounds,
+    state of the unit.
     """
     rows = -(-max(block_q, spec.group) // MATRIX_ROWS) * MATRIX_ROWS
     depth = -(-spec.head_dim // 32) * 32
     sizes = [rows * depth // 2, rows * spec.v_head_dim, rows, rows]
     sizes += [block_k * depth // 2, block_k * spec.v_head_dim // 2]
-    sizes += [MATRIX_ROWS * score_stride(block_k) // 4, MATRIX_ROWS * block_k // 2, 2 * MATRIX_ROWS]
+    sizes += [MATRIX_ROWS * max(block_k, spec.v_head_dim), MATRIX_ROWS * block_k // 2, 2 * MATRIX_ROWS]
     return _offsets((*sizes, _TILE_STATE_BYTES // 4))
 
 

@@ -9,7 +9,7 @@ from .spec import AttentionSpec
 DECODE, FEW, PREFILL = "decode", "few", "prefill"  # phases; in FEW the switch between the others decides
 _ROWS = (96, 48, 192)  # query rows (queries x heads of a group) that share a tile of K and V
 _KEYS = (128, 64, 256)  # keys of a tile
-_ROWS_MATRIX = (192, 96, 384)  # larger tiles share the conversion of K and V, and decays of the output
+_ROWS_MATRIX = (384, 192, 96)  # larger tiles share the conversion of K and V, and decays of the output
 _KEYS_MATRIX = (256, 128, 512)
 _DECODE_ROWS = (8, 4, 16)  # up to so many queries run as decode
 _CHUNK = (256, 128, 512, 1024)  # keys of a decode chunk in long contexts

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...compiler.operator import Sizes, Tuning
 from ...compiler.target import Target
 from ..shared.trial import Copies, poisoned
-from .append import quantize
+from .append import addresses, quantize
 from .reference import attention as reference
 from .space import DECODE, FEW, PREFILL
 from .spec import KEY_BLOCK, AttentionSpec, causal_pairs
@@ -125,6 +125,10 @@ class Workload:
                 piece.copy_(data)
                 pair.append(piece.view(dtype).view(shape))
             self._kv.append(pair)
+        scales = self._options.get("k_scale"), self._options.get("v_scale")
+        self._places = [addresses(k, v, *scales) for k, v in self._kv] if spec.layout == "blocked" else []
+        self._tk, self._out = tk, torch.empty_like(self._q[:, :, :1])
+        self._row = (spec.head_dim**-0.5, self._options.get("softcap", 0.0)) if tq == 1 else None
         self.copies, self.area = copies.count, copies.area
         self.nbytes = spec.kv_bytes(tk) + 2 * self._q.numel() * self._q.element_size()
         pairs = tq * tk if spec.mask in ("none", "additive") else causal_pairs(tq, tk)
@@ -132,7 +136,13 @@ class Workload:
         self.arithmetic = "bfloat16" if spec.math == "bfloat16" else "float"
 
     def run(self, call: Callable[..., Any], index: int) -> Any:
-        """Attend to copy `index` of the keys and values."""
+        """Attend to copy `index` of the keys and values; one query as a decode step does, at addresses."""
+        row = getattr(call, "row", None)
+        if row is not None and self._row is not None:
+            q, out = self._q.data_ptr(), self._out.data_ptr()
+            return row(
+                torch.get_num_threads(), self._tk, q, self._places[index % self.copies], out, *self._row
+            )
         k, v = self._kv[index % self.copies]
         return call(self._q, k, v, **self._options)
 

@@ -266,7 +266,7 @@ class _Unit:
                 at = h * self.max_chunk + i * lanes
                 held = Registers(1, lanes)
                 score = tir.load(self.scores, at, lanes) - tir.splat(tir.load(safe, h), lanes)
-                held[0] = exp2(score, lanes)
+                held[0] = exp2(score, lanes, self.p.isa)
                 sums[h] = sums[h] + held[0]
                 if scaled:
                     held[0] = held[0] * tir.load(self.scales, self.max_chunk + i * lanes, lanes)

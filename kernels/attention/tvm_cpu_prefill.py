@@ -335,7 +335,7 @@ class _Tile(QueryTile):
             tir.store(safe, r, safe_maximum(tir.load(old, 1)))
             tir.store(decay, r, tir.load(old, 0) - tir.load(safe, r))
         for r in range(0, padded, lanes):
-            tir.store(decay, r, exp2(tir.load(decay, r, lanes), lanes))
+            tir.store(decay, r, exp2(tir.load(decay, r, lanes), lanes, self.p.isa))
         sums = Registers(step, lanes)
         for r in range(step):
             sums[r] = tir.f32(0.0, lanes)
@@ -344,7 +344,7 @@ class _Tile(QueryTile):
                 at = r * self.block_k + i * lanes
                 weight = Registers(1, lanes)
                 score = tir.load(self.scores, at, lanes) - tir.splat(tir.load(safe, r), lanes)
-                weight[0] = exp2(score, lanes)
+                weight[0] = exp2(score, lanes, self.p.isa)
                 sums[r] = sums[r] + weight[0]
                 tir.store(self.scores, at, weight[0])
         for r in range(step):

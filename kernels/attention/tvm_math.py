@@ -12,6 +12,10 @@ _EXP2 = (1.0000000716546849, 0.6931469670647613, 0.240221197238401, 0.0555071327
          0.0013276471992851953)  # fmt: skip
 # The same to 7.5e-5.
 _EXP2_SHORT = (0.9999280727914858, 0.6932609870103537, 0.24261113509319007, 0.055171666818512974)
+# Both for 0 <= f < 1 (the same polynomials, moved).
+_EXP2_UP = (0.9999999250635263, 0.6931530732001749, 0.24015361704431892, 0.05582631805346651,
+            0.00898934009029039, 0.0018775766752757786)  # fmt: skip
+_EXP2_SHORT_UP = (0.9999252213659069, 0.6958335220677827, 0.2260671784213145, 0.07802451947347072)
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -24,28 +28,34 @@ def minus_infinity(lanes: int = 1) -> Any:
     return tir.splat(tir.bits(T.uint32(0xFF800000), "float32"), lanes)
 
 
-def exp2(x: Any, lanes: int, coefficients: tuple[float, ...] = _EXP2) -> Any:
-    """Return 2**x for x <= 0 within 2e-6: x < -126.5 and -inf give exactly 0, NaN stays NaN.
+def exp2(x: Any, lanes: int, isa: Any = None, short: bool = False) -> Any:
+    """Return 2**x for x <= 0 within 2e-6: -inf gives exactly 0, NaN stays NaN, x < -126.5 gives at most 2**x.
 
-    Intermediates stand in registers: a shared subexpression of TIR would be copied.
+    `short` is within 8e-5, far below bf16's rounding. Whole vectors of an `isa` whose file has `fraction`
+    and `scale` take those. Intermediates stand in registers: a shared subexpression of TIR would be copied.
     """
-    value, rounded = tir.Register("float32", lanes), tir.Register("float32", lanes)
-    low = tir.f32(-127.0, lanes)
+    value = tir.Register("float32", lanes)
     value.set(x)
+    if isa is not None and lanes == isa.lanes and hasattr(isa.emit, "scale"):
+        part = tir.Register("float32", lanes)
+        part.set(isa.emit.fraction(value.get()))
+        p = _polynomial(part, _EXP2_SHORT_UP if short else _EXP2_UP, lanes)
+        return isa.emit.scale(p, value.get())
+    rounded, low = tir.Register("float32", lanes), tir.f32(-127.0, lanes)
     value.set(T.Select(low > value.get(), low, value.get()))
     rounded.set(value.get() + tir.f32(_ROUND, lanes))
     value.set(value.get() - (rounded.get() - tir.f32(_ROUND, lanes)))
-    p = tir.f32(coefficients[-1], lanes)
-    for coefficient in reversed(coefficients[:-1]):
-        p = p * value.get() + tir.f32(coefficient, lanes)
+    p = _polynomial(value, _EXP2_SHORT if short else _EXP2, lanes)
     word = "int32" if lanes == 1 else f"int32x{lanes}"
     exponent = T.shift_left(tir.bits(rounded.get(), word) + tir.i32(127, lanes), tir.i32(23, lanes))
     return p * tir.bits(exponent, "float32" if lanes == 1 else f"float32x{lanes}")
 
 
-def exp2_bf16(x: Any, lanes: int) -> Any:
-    """Return 2**x for x <= 0 within 8e-5, far below bf16's rounding; else as `exp2`."""
-    return exp2(x, lanes, _EXP2_SHORT)
+def _polynomial(x: Any, coefficients: tuple[float, ...], lanes: int) -> Any:
+    p = tir.f32(coefficients[-1], lanes)
+    for coefficient in reversed(coefficients[:-1]):
+        p = p * x.get() + tir.f32(coefficient, lanes)
+    return p
 
 
 class Registers:

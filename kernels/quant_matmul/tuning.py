@@ -146,6 +146,9 @@ class Workload:
         self._x = torch.randn(m, spec.k, generator=generator).to(dtype)
         self._bias = torch.zeros(spec.n) if spec.bias else None
         self._residual = torch.randn(m, spec.n_out, generator=generator).to(dtype) if spec.residual else None
+        self._out = torch.empty(m, spec.n_out, dtype=dtype)
+        tensors = self._x, self._bias, self._out, self._residual
+        self._row = [0 if t is None else t.data_ptr() for t in tensors] if m == 1 else None
         copies = Copies(packed.nbytes, cache_bytes)
         copies.fill(packed.buffer)
         self._weights = [
@@ -158,7 +161,11 @@ class Workload:
         self.arithmetic = "float" if spec.activation == "float" or spec.weight.is_float else spec.activation
 
     def run(self, call: Callable[..., Any], index: int) -> Any:
-        """Multiply with copy `index` of the weight."""
+        """Multiply with copy `index` of the weight; one row as a decode step does, at bare addresses."""
+        row = getattr(call, "row", None)
+        if row is not None and self._row is not None:
+            x, bias, y, residual = self._row
+            return row(x, self._weights[index % self.copies].buffer.data_ptr(), bias, y, residual)
         return call(self._x, self._weights[index % self.copies], self._bias, self._residual)
 
 

@@ -1,4 +1,4 @@
-"""AVX-512 (F, BW) without VNNI: vpmaddubsw adds pairs of products in int16, vpmaddwd brings them to int32."""
+"""AVX-512 (F, BW, DQ) without VNNI: vpmaddubsw adds pairs of products in int16, vpmaddwd makes them int32."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ def dot4_signed(lanes: int, acc: Any, w: Any, a: Any) -> Any:
 def dot2(lanes: int, acc: Any, a: Any, b: Any) -> Any:
     """vpmaddwd + vpaddd."""
     return acc + tir.intrinsic("int32x16", "llvm.x86.avx512.pmaddw.d.512", a, b)
+
+
+def fraction(x: Any) -> Any:
+    """x - floor(x) of 16 fp32 values, exact (vreduceps)."""
+    return tir.intrinsic(
+        "float32x16", "llvm.x86.avx512.mask.reduce.ps.512", x, T.int32(1), x, T.int16(-1), T.int32(4)
+    )
+
+
+def scale(p: Any, x: Any) -> Any:
+    """p * 2**floor(x) of 16 fp32 values (vscalefps)."""
+    return tir.intrinsic("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", p, x, p, T.int16(-1), T.int32(4))
 
 
 def _pairs(u8: Any, s8: Any) -> Any:

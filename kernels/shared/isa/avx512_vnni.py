@@ -6,6 +6,9 @@ from typing import Any
 
 from .. import tir
 from ..tir import T
+from .avx512 import fraction, scale
+
+__all__ = ["dot2", "dot4", "dot4_signed", "fraction", "scale"]
 
 
 def dot4(lanes: int, acc: Any, u8: Any, s8: Any) -> Any:
