@@ -92,6 +92,8 @@ def _peer(model: Any, name: str) -> Any:
         else:
             config = ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque")
         ao.quantize_(model, config)
+    # A prompt and a token at two cache sizes for each peer, and all share one function's limit of 8.
+    torch._dynamo.config.recompile_limit = 64
     model.forward = torch.compile(model.forward, dynamic=False)
     return model
 
