@@ -1,9 +1,9 @@
 """Every default Triton kernel compiled for every GPU architecture, none needed: `make cross`.
 
 Each is read from its machine code and held to the rules: matrix instructions in the hot loop of contracting
-kernels, no scratch memory there (but a known count, which may not grow), and most bytes in loads of 8 or more
-a lane. `--table FILE` writes the figures as Markdown; exit code 1 when a rule is broken. What was read once
-is kept in the cache folder under a digest of the kernel's source: a run that was stopped goes on from there.
+kernels, no scratch memory in any hot loop, and most bytes in loads of 8 or more a lane. `--table FILE` writes
+the figures as Markdown; exit code 1 when a rule is broken. What was read once is kept in the cache folder
+under a digest of the kernel's source: a run that was stopped goes on from there.
 """
 
 from __future__ import annotations

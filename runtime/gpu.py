@@ -61,8 +61,12 @@ def architecture_of(device: torch.device) -> Architecture:
 
 @functools.cache
 def compute_units(device: torch.device) -> int:
-    """Return the device's multiprocessors (compute units)."""
-    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """Return the device's multiprocessors (compute units; on Intel, Xe cores)."""
+    if device.type == "cpu":
+        return 8
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

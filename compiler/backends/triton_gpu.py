@@ -62,8 +62,8 @@ class KernelBuild:
 
     `signature` gives the type of every run-time argument ("*fp16", "i32", "fp32"), `constants` the value of
     every `tl.constexpr`; `divisible` are integers that are multiples of 16. `contracting` says that its hot
-    loop must hold matrix instructions, `spills` how many scratch accesses in it are known, `cached` that
-    its narrow loads are scales, flags or a few rows that the cache holds, beside a wide stream.
+    loop must hold matrix instructions, `cached` that its narrow loads are scales, flags or a few rows that
+    the cache holds, beside a wide stream.
     `tile` names the default that gave the tile and options, `streams` says that most of what it loads comes
     from memory once, and `step_bytes` how much that is a step of its hot loop where nothing contracts.
     """
@@ -75,7 +75,6 @@ class KernelBuild:
     options: Mapping[str, Any] = field(default_factory=dict)
     divisible: tuple[str, ...] = ()
     contracting: bool = False
-    spills: int = 0
     cached: bool = False
     tile: str = ""
     streams: bool = False

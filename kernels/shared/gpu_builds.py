@@ -5,13 +5,12 @@ The list is what `make cross` reads for each architecture and what tuning withou
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...compiler.backends.triton_gpu import Architecture, KernelBuild
-from .gpu_defaults import default, spills
+from .gpu_defaults import default
 
 Tile = Callable[[str], dict[str, Any]]
 _OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
@@ -30,9 +29,7 @@ def builds(arch: Architecture, dtype: str, tiles: Mapping[str, Any] | None = Non
         return dict(given[name]) if name in given else default(name, arch.family, arch.name)
 
     makers = (_attention, _gradients, _decode, _latent, _weight_only, _int8, _sparse)
-    for kernel in itertools.chain(*(maker(tile, dtype) for maker in makers), _rows(dtype)):
-        known = 0 if kernel.tile in given else spills(kernel.name, arch.name)
-        yield dataclasses.replace(kernel, spills=known) if known else kernel
+    yield from itertools.chain(*(maker(tile, dtype) for maker in makers), _rows(dtype))
 
 
 def _make(

@@ -11,7 +11,6 @@ from typing import Any
 SOURCE = "static ranking, not measured"
 
 _AMD_SMALL = {"num_warps": 4, "num_stages": 1}
-_RDNA3 = {"num_warps": 4, "num_stages": 1, "waves_per_eu": 2}
 
 _TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "attention_forward": {
@@ -25,7 +24,7 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "hopper": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         "ampere": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
         "cdna": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-        "rdna3": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "waves_per_eu": 2},
+        "rdna3": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "waves_per_eu": 1},
         "rdna4": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1},
     },
     "attention_grad_q": {
@@ -39,14 +38,14 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "hopper": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         "ampere": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
         "cdna": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-        "rdna3": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+        "rdna3": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "waves_per_eu": 2},
         "rdna4": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "attention_decode": {
         "hopper": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
         "ampere": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "cdna": {"BLOCK_N": 64, **_AMD_SMALL},
-        "rdna3": {"BLOCK_N": 32, **_RDNA3},
+        "rdna3": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1, "waves_per_eu": 2},
         "rdna4": {"BLOCK_N": 32, **_AMD_SMALL},
     },
     "mla_decode": {
@@ -99,21 +98,11 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
 
 # Where one member of a family needs another tile: compiled code differs within a family.
 _BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {
+    "attention_grad_q": {
+        "gfx1103": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "waves_per_eu": 2}
+    },
     "matvec": {"sm_80": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 1}},
 }
-
-# Scratch accesses in the hot loop where no better tile is known, by kernel and architecture: they never grow.
-_SPILLS = {
-    "attention_decode d128": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 2),
-    "attention_forward d256": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 3),
-    "attention_grad_kv d128": dict.fromkeys(("gfx1100", "gfx1103", "gfx1151"), 4),
-    "attention_grad_q d128": {"gfx1103": 4},
-}
-
-
-def spills(kernel: str, arch: str) -> int:
-    """Return how many scratch accesses the hot loop of a kernel's default is known to have."""
-    return _SPILLS.get(kernel, {}).get(arch, 0)
 
 
 def default(kernel: str, family: str, arch: str = "") -> dict[str, Any]:
