@@ -101,7 +101,10 @@ _BY_ARCHITECTURE: dict[str, dict[str, dict[str, Any]]] = {
     "attention_grad_q": {
         "gfx1103": {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "waves_per_eu": 2}
     },
-    "matvec": {"sm_80": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 1}},
+    "matvec": {
+        "sm_80": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 1},
+        "sm_90": {"BLOCK_N": 32, "num_warps": 2, "num_stages": 2},
+    },
 }
 
 
