@@ -59,7 +59,9 @@ def test_scratch_taken_in_inference_mode_is_ordinary_memory() -> None:
     def take() -> bool:
         with torch.inference_mode():
             scratch(100)
-        return scratch_module.local.buffer.is_inference()
+        held = scratch_module.local.buffer
+        assert held is not None
+        return held.is_inference()
 
     with ThreadPoolExecutor(1) as pool:
         assert not pool.submit(take).result()
