@@ -244,7 +244,11 @@ class ChildEngine:
             line = ""
         if not line:
             raise EngineError(f"{self.name} stopped (exit {child.wait()}): {self.last_words(child.poll())}")
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:  # it died in the middle of a line
+            child.kill()
+            raise EngineError(f"{self.name} gave half an answer: {self.last_words(child.wait())}") from None
         if answer.get("peak_memory"):
             self.peak_memory = answer["peak_memory"]
         if "error" in answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,13 +47,21 @@ def bind(
             m, torch.get_num_threads(), 1, x.data_ptr(), gate_up.buffer.data_ptr(), down.buffer.data_ptr(),
             y.data_ptr(), threshold,
             base + places.listed if indices is None else indices.data_ptr(),
-            0 if indices is None else indices.numel(), dense_blocks,
+            0 if indices is None else indices.numel(), dense_blocks, fired(gate_up),
             base + places.x_codes, base + places.x_scales, base + places.x_sums, base + places.gates,
             base + places.h_codes, base + places.h_scales, base + places.h_sums, base + places.flags,
         )  # fmt: skip
         return y
 
     return call
+
+
+def fired(gate_up: PackedWeight) -> int:
+    """Return where the number of blocks that fired for the last single row of a weight is kept (int32)."""
+    held = gate_up.__dict__.get("fired_blocks")
+    if held is None:
+        held = gate_up.__dict__["fired_blocks"] = array.array("i", [0])
+    return held.buffer_info()[0]
 
 
 def check(

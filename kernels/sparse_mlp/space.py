@@ -10,7 +10,7 @@ from ..quant_matmul.space import prefetches
 from ..shared.isa.table import TABLE
 from .spec import SparseMlpSpec
 
-_DENSE_FROM = (90, 80, 100)  # percent of the blocks, the default first
+_DENSE_FROM = (80, 90, 100)  # percent of the blocks, the default first
 
 
 def space(spec: SparseMlpSpec, target: Target) -> list[dict[str, Any]]:

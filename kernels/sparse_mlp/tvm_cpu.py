@@ -1,5 +1,7 @@
 """The CPU form: gates of all neurons, a list of the blocks that fire, then up and down of those only.
 
+Where nearly all blocks fired for the last row of one, gates and ups are read in one pass as the dense product
+reads them, and only down is sparse: two passes over the pair would cost more than they save.
 Weights stay in the layout of the dense product: a block of 32 gate (or up) rows is one run of bytes, and a
 group of the down weight is one run in every block of 32 output rows. Prefetches follow the list.
 """
@@ -25,7 +27,7 @@ from ..shared.tir import T
 from .spec import SparseMlpSpec
 
 ARGUMENTS = (
-    "m", "threads", "one", "x", "gate_up", "down", "y", "threshold", "listed", "count", "dense_from",
+    "m", "threads", "one", "x", "gate_up", "down", "y", "threshold", "listed", "count", "dense_from", "state",
     "x_codes", "x_scales", "x_sums", "gates", "h_codes", "h_scales", "h_sums", "flags",
 )  # fmt: skip
 
@@ -92,12 +94,13 @@ class SparseMlp:
         self.name, self.spec, self.isa, self.rows, self.prefetch = name, spec, isa, rows, prefetch
         self.per_block = spec.block // BLOCK
         self.vectors = BLOCK // isa.lanes if rows == 1 else min(2, BLOCK // isa.lanes)
+        self.may_fuse = rows == 1 and spec.select == "threshold"
 
     def emit(self) -> Any:
         """Return the PrimFunc."""
         x_type = "*" + self.spec.x_dtype
         types = dict.fromkeys(ARGUMENTS, "int64") | {"x": x_type, "y": x_type, "threshold": "float32"}
-        types |= {"listed": "*int32", "flags": "*int32", "gates": "*float32"}
+        types |= {"listed": "*int32", "flags": "*int32", "state": "*int32", "gates": "*float32"}
         types |= {"x_scales": "*float32", "h_scales": "*float32"}
         k = self.kernel = tir.Kernel(self.name, [(name, types[name]) for name in ARGUMENTS])
         pair, down = self.spec.products()
@@ -105,15 +108,20 @@ class SparseMlp:
         self.down = self._context(down, "down", "h")
         with tir.loop(row_tiles(self.pair) * self.rows) as row:
             prepare_row(self.pair, row)
-        self.active = tir.Register("int64", 1)
+        self.active, self.fused = tir.Register("int64", 1), tir.Register("int64", 1)
         self.active.set(k["count"])
+        self.fused.set(T.int64(0))
+        if self.may_fuse:
+            with tir.when(tir.cast(tir.load(k["state"], 0), "int64") >= k["dense_from"]):
+                self.fused.set(T.int64(1))
+        fused = tir.let(self.fused.get())
         if self.spec.select == "threshold":
             with tir.parallel(k["threads"]) as thread:
-                self._gates(thread)
-            self._list()
+                self._gates(thread, fused)
+            self._list(fused)
         count = tir.let(self.active.get())
         with tir.parallel(k["threads"]) as thread:
-            self._hidden(thread, count)
+            self._hidden(thread, count, fused)
         with tir.parallel(k["threads"]) as thread:
             self._down(thread, count)
         return k.finish()
@@ -148,8 +156,8 @@ class SparseMlp:
             self.isa, plain.spec, plain.views, plain.at, tir.let((following * 2 + part) * size)
         )
 
-    def _gates(self, thread: Any) -> None:
-        """Phase 1: act(gate) of a thread's share of all neurons, and which blocks of 32 fire."""
+    def _gates(self, thread: Any, fused: Any) -> None:
+        """Phase 1: act(gate), or h where `fused`, of a share of all neurons, and which blocks of 32 fire."""
         k, lanes = self.kernel, self.isa.lanes
         first, last = shared_range(T.int64(self.spec.neurons // BLOCK), thread, k["threads"])
         with tir.loop(tir.let(last - first)) as i:
@@ -160,16 +168,23 @@ class SparseMlp:
                 row0 = tir.let(t * self.rows)
                 for v0 in self._tiles():
                     tile = self._compute(self.pair, self._pair_stream(unit, 0, unit + 1), v0, row0)
+                    if self.may_fuse:
+                        with tir.when(fused > 0):
+                            up = self._compute(self.pair, self._pair_stream(unit, 1, unit + 1), v0, row0)
+                            self._store_gates(tile, row0, 0, unit, v0, fired, up)
                     for r in range(self.rows):
-                        with tir.when(row0 + r < k["m"]):
+                        with tir.when(T.And(row0 + r < k["m"], fused < 1)):
                             self._store_gates(tile, row0 + r, r, unit, v0, fired)
             tir.store(k["flags"], unit, fold(fired.get(), T.max))
 
-    def _store_gates(self, tile: Tile, row: Any, r: int, unit: Any, v0: int, fired: Any) -> None:
+    def _store_gates(
+        self, tile: Tile, row: Any, r: int, unit: Any, v0: int, fired: Any, up: Tile | None = None
+    ) -> None:
         lanes = self.isa.lanes
         for v in range(self.vectors):
             gate = tir.let(self._activation(tile.get(r, v)))
-            tir.store(self.kernel["gates"], row * self.spec.neurons + unit * BLOCK + (v0 + v) * lanes, gate)
+            value = gate if up is None else gate * up.get(r, v)
+            tir.store(self.kernel["gates"], row * self.spec.neurons + unit * BLOCK + (v0 + v) * lanes, value)
             fired.set(T.max(fired.get(), self._fires(gate)))
 
     def _fires(self, gate: Any) -> Any:
@@ -188,8 +203,11 @@ class SparseMlp:
         inner = x + tir.f32(0.044715, lanes) * (x * x * x)
         return x * sigmoid(tir.f32(1.5957691216057308, lanes) * inner)
 
-    def _list(self) -> None:
-        """Emit: the blocks that fired, in order; all, when they are so many that this is faster."""
+    def _list(self, fused: Any) -> None:
+        """Emit: the blocks that fired, in order; all, when they are so many that this is faster.
+
+        Where `fused`, h of the others is no 0, so that only those that fired may be listed.
+        """
         k, blocks = self.kernel, self.spec.blocks
         self.active.set(T.int64(0))
         with tir.loop(blocks) as b:
@@ -199,13 +217,18 @@ class SparseMlp:
                 fired.set(T.max(fired.get(), tir.load(k["flags"], b * self.per_block + s)))
             tir.store(k["listed"], self.active.get(), tir.cast(b, "int32"))
             self.active.set(self.active.get() + tir.cast(fired.get(), "int64"))
-        with tir.when(self.active.get() >= k["dense_from"]):
+        if self.may_fuse:
+            tir.store(k["state"], 0, tir.cast(self.active.get(), "int32"))
+        with tir.when(T.And(self.active.get() >= k["dense_from"], fused < 1)):
             with tir.loop(blocks) as b:
                 tir.store(k["listed"], b, tir.cast(b, "int32"))
             self.active.set(T.int64(blocks))
 
-    def _hidden(self, thread: Any, count: Any) -> None:
-        """Phase 2: a thread's share of the listed blocks: up, the product, and h prepared for down."""
+    def _hidden(self, thread: Any, count: Any, fused: Any) -> None:
+        """Phase 2: a thread's share of the listed blocks: up, the product, and h prepared for down.
+
+        Where `fused`, h is there.
+        """
         k = self.kernel
         first, last = shared_range(count, thread, k["threads"])
         with tir.loop(tir.let(last - first)) as i:
@@ -224,8 +247,9 @@ class SparseMlp:
                     unit = tir.let(block * self.per_block + s)
                     inside = s + 1 < self.per_block
                     later = tir.let(T.Select(inside, unit + 1, following * self.per_block))
-                    for v0 in self._tiles():
-                        self._hidden_tile(unit, later, v0, row0, seen)
+                    with tir.when(fused < 1):
+                        for v0 in self._tiles():
+                            self._hidden_tile(unit, later, v0, row0, seen)
                 for r in range(self.rows):
                     with tir.when(row0 + r < k["m"]):
                         self._prepare(row0 + r, block)

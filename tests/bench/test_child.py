@@ -37,6 +37,9 @@ for line in sys.stdin:
     elif q["do"] == "time":
         if q["test"]["tokens"] == 13:
             os._exit(9)
+        if q["test"]["tokens"] == 15:
+            print('{"seconds": 1', end="", flush=True)
+            os._exit(9)
         if q["test"]["tokens"] == 14:
             time.sleep(60)
         answer = {"seconds": 1.0 if q["setting"]["fast"] else 2.0, "joules": None}
@@ -66,6 +69,14 @@ def test_the_faster_setting_is_chosen_and_used():
     assert engine.peak_memory == 5
     assert engine.describe() == {"version": "0"}
     engine.close()
+    assert not engine.alive
+
+
+def test_a_death_in_the_middle_of_an_answer_is_the_peers_own():
+    engine = toy()
+    engine.prepare(Test("pp", 4))
+    with pytest.raises(EngineError, match="toy gave half an answer"):
+        engine.run(Test("pp", 15))
     assert not engine.alive
 
 

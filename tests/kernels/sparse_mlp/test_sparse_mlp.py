@@ -69,7 +69,8 @@ def compare(spec: SparseMlpSpec, call: Callable[..., torch.Tensor], isa: str = "
             choices = [{"indices": i} for i in (some, some[:0], torch.arange(spec.blocks))]
         else:
             cut = threshold_for(spec, x, gate_up, 0.5)
-            choices = [{"threshold": t} for t in (cut, 0.0, 1e9)]
+            # Where all blocks fired, the next row of one takes gates and ups in one pass.
+            choices = [{"threshold": t} for t in (cut, 0.0, cut, 1e9, 0.0, 0.0, 1e9)]
         for options in choices:
             out = torch.full((m, spec.hidden), torch.nan, dtype=x.dtype)
             held = scratch.local.buffer
