@@ -477,9 +477,9 @@ def sparse_mlp(
 
     x is [..., K]; `gate_up` the packed pair [2 F, K], `down` the packed [K, F], both as the dense MLP has
     them. Active are the blocks with a |act(gate)| >= `threshold` in a row, or those that int `indices` [n]
-    name; see SparseMlpSpec. Made for few rows: at one row it is twice as fast as the dense MLP where a tenth of
-    the blocks fires, and as fast where all do (`bench.sparse_mlp`; a weight keeps how many fired last, and from
-    80% on gates and ups are read in one pass). For prompts the dense
+    name; see SparseMlpSpec. Made for few rows: at one row it is twice as fast as the dense MLP where a tenth
+    of the blocks fires, and as fast where all do (`bench.sparse_mlp`; a weight keeps how many fired last,
+    and from 80% on gates and ups are read in one pass). For prompts the dense
     MLP is the one to call. Raises UnsupportedError for other shapes and types.
     """
     hidden, neurons = down.n, down.k
