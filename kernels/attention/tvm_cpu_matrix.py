@@ -4,8 +4,8 @@ Everything is transposed: a row of scores is one key against 16 queries, so that
 softmaxes are plain vector operations, with none across lanes. Queries, keys, values and softmax weights are
 bf16, sums fp32. K and V become tiles once a query tile.
 
-A softmax keeps the maximum that it subtracts until a score exceeds it by more than 2**8: weights stay below
-256, and sums are rarely scaled anew.
+A softmax keeps the maximum that it subtracts until a score, in log2 units, exceeds it by more than 8: weights
+stay at 256 or less, and sums are rarely scaled anew.
 """
 
 from __future__ import annotations

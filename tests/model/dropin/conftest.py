@@ -16,11 +16,16 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def skip_in_transformers_5_0(why: str) -> None:
-    """Skip a test of what the oldest transformers that is claimed cannot do by itself."""
+def is_transformers_5_0() -> bool:
+    """Whether the oldest transformers that is claimed is installed."""
     import transformers
 
-    if transformers.__version__.startswith("5.0."):
+    return transformers.__version__.startswith("5.0.")
+
+
+def skip_in_transformers_5_0(why: str) -> None:
+    """Skip a test of what the oldest transformers that is claimed cannot do by itself."""
+    if is_transformers_5_0():
         pytest.skip(f"transformers 5.0 {why}")
 
 
