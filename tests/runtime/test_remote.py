@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,7 +85,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str],
     yield run
     for process in started:
         for pid in _family(process.pid):  # a tracker's worker would outlive it
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a session's child may end meanwhile
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -172,6 +174,7 @@ def tracker_with(start: Any, devices: int, key: str) -> tuple[str, list[Place]]:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that runs `edgeformer tune` in this process, with a cache folder of its own."""
     monkeypatch.setenv("EDGEFORMER_CACHE_DIR", str(tmp_path / "here"))
+    monkeypatch.setattr("edgeformer.compiler.tuner.PATIENCE", 2)  # what ends a search, however slow the machine
     return lambda *arguments: CliRunner().invoke(app, ["tune", *map(str, arguments)])
 
 
@@ -180,14 +183,14 @@ def test_the_command_tunes_on_a_device_and_keeps_the_records_here(
 ) -> None:
     model = write_gguf(tmp_path / "model.gguf", "Q4_0").path
     process, port = serve(start, "--key", "box")
-    place = ("--rpc", f"127.0.0.1:{port}", "--operators", "quant_matmul", "--budget", "10s", "-o", "json")
+    place = ("--rpc", f"127.0.0.1:{port}", "--operators", "quant_matmul", "--budget", "5m", "-o", "json")
     done = command(model, *place, "--key", "box", "-t", "1")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["trials"] > 0 and {row["state"] for row in found["problems"]} <= {"tuned", "stopped", "kept"}
+    assert found["trials"] > 0 and {row["state"] for row in found["problems"]} == {"tuned"}
     records = RecordStore(tmp_path / "here", shipped=tmp_path / "none").all()
     assert {record.operator for record, _ in records} <= {"quant_matmul"}
-    assert len(records) >= sum(row["state"] == "tuned" for row in found["problems"])
+    assert len(records) >= len(found["problems"])
     for more, text in (((*place, "--key", "wrong"), f"every device is lost (127.0.0.1:{port}: "),
                        (("--rpc", f"127.0.0.1:{free_port()}"), "refused"),
                        (("--rpc", "here"), "HOST:PORT")):  # fmt: skip
@@ -204,7 +207,7 @@ def test_the_command_takes_every_free_device_of_a_tracker(
     model = write_gguf(tmp_path / "model.gguf", "Q4_0").path
     tracker, where = tracker_with(start, 2, "board")
     assert len(where) == 2
-    options = ("--tracker", tracker, "--operators", "quant_matmul", "--budget", "20s", "-t", "1")
+    options = ("--tracker", tracker, "--operators", "quant_matmul", "--budget", "5m", "-t", "1")
     done = command(model, *options, "--key", "board", "-o", "json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["trials"] > 0
@@ -240,7 +243,8 @@ def test_a_killed_and_a_silent_device_cost_nothing_but_time(start: Any, tmp_path
     finally:
         family = _family(devices[1][0].pid)
         for pid in family:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
     assert outcome.state == "tuned" and outcome.trials == 30
 
 
