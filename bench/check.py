@@ -78,7 +78,8 @@ def temperature() -> float | None:
 
 
 def fixed_probe(threads: int, repeats: int = 5) -> dict[str, float]:
-    """Return the median speed of the same small work every time: dot products in L1 and a read of memory.
+    """Return the median speed of the same small work every time: dot products (and tile products, where
+    there is a matrix unit) in L1, and a read of memory.
 
     Unlike a limit it is a median: what disturbs a measurement shall disturb it too.
     """
@@ -89,42 +90,49 @@ def fixed_probe(threads: int, repeats: int = 5) -> dict[str, float]:
     from ..runtime.threads import set_threads
 
     set_threads(threads)
+    tiles: list[float] = []
     try:
         compute = [native.float_dot_peak(threads, repeats=1) for _ in range(repeats)]
+        tiles = [peak for _ in range(repeats) if (peak := native.matrix_peak(threads, repeats=1))]
     except BuildError:
         a = torch.ones(256, 256)
         compute = [_rate(lambda: a @ a, 2 * 256**3) for _ in range(repeats)]
     data = _memory()
     data.sum()
     memory = [_rate(data.sum, data.nbytes) for _ in range(repeats)]
-    return {"compute": statistics.median(compute), "memory": statistics.median(memory)}
+    found = {"compute": compute, "memory": memory} | ({"matrix": tiles} if tiles else {})
+    return {name: statistics.median(speeds) for name, speeds in found.items()}
 
 
-PAIR_BYTES = 64 << 20  # beyond any L2; the whole buffer would push the engines' weights out of the L3
-PAIR_SECONDS, PAIR_ROUNDS = 0.04, 20000
+TURN_SECONDS = 0.02  # of each limit between two turns, one call at least
+TURN_ROUNDS = 2000  # of a loop on registers: a quarter of a millisecond
 
 
-def pair_probe(threads: int) -> dict[str, float]:
-    """Return the median speed of the fixed work over a short while, to tell whether the machine changed."""
+def turn_limits(threads: int) -> dict[str, float]:
+    """Return the machine's limits at this moment, the best of a short while.
+
+    "memory" in bytes a second; "int8", "float" and, of a matrix unit, "bfloat16" in operations a second, by
+    the loops of `measure_limits`; without these loops torch reads memory, and that is all.
+    """
     from ..compiler.errors import BuildError
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
     set_threads(threads)
-    part = _memory()[: PAIR_BYTES // 4]
-    found = {"memory": _usual_rate(part.sum, part.nbytes)}
-    with contextlib.suppress(BuildError):
-        call, operations = native.rounds(threads, PAIR_ROUNDS)["float"]
-        found["compute"] = _usual_rate(call, operations)
-    return found
+    data = _memory()
+    try:
+        read, loops = native.reader(threads), native.rounds(threads, TURN_ROUNDS)
+    except BuildError:
+        return {"memory": _best_rate(data.sum, data.nbytes)}
+    found = {"memory": _best_rate(lambda: read(data.data_ptr(), data.nbytes), data.nbytes)}
+    return found | {name: _best_rate(call, operations) for name, (call, operations) in loops.items()}
 
 
-def _usual_rate(call: Callable[[], object], amount: float) -> float:
-    call()
-    end, rates = time.perf_counter() + PAIR_SECONDS, []
-    while time.perf_counter() < end or not rates:
-        rates.append(_rate(call, amount))
-    return statistics.median(rates)
+def _best_rate(call: Callable[[], object], amount: float) -> float:
+    end, best = time.perf_counter() + TURN_SECONDS, _rate(call, amount)
+    while time.perf_counter() < end:
+        best = max(best, _rate(call, amount))
+    return best
 
 
 _kept: list[Any] = []

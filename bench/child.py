@@ -221,8 +221,7 @@ class ChildEngine:
         try:
             child.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            _kill(child)
         self._errors.close()
 
     def ask(self, question: dict[str, Any], patience: float | None = None) -> dict[str, Any]:
@@ -235,7 +234,7 @@ class ChildEngine:
             child.stdin.flush()
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
-            child.kill()
+            _kill(child)
             raise EngineError(
                 f"{self.name} gave no answer to {question['do']!r} in {seconds:.0f} s and was ended",
                 "timeout",
@@ -247,8 +246,8 @@ class ChildEngine:
         try:
             answer = json.loads(line)
         except ValueError:  # it died in the middle of a line
-            child.kill()
-            raise EngineError(f"{self.name} gave half an answer: {self.last_words(child.wait())}") from None
+            _kill(child)
+            raise EngineError(f"{self.name} gave half an answer: {self.last_words(child.poll())}") from None
         if answer.get("peak_memory"):
             self.peak_memory = answer["peak_memory"]
         if "error" in answer:
@@ -259,6 +258,20 @@ class ChildEngine:
         """Return the end of what a dead child wrote."""
         self._errors.seek(0)
         return self._errors.read().strip()[-600:] or "no word"
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    """End a child that hangs, and what it started: compile workers of a peer would go on without it."""
+    import psutil
+
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        family = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    child.wait()
 
 
 def _pump(source: IO[str], lines: queue.Queue[str]) -> None:

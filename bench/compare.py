@@ -25,9 +25,10 @@ class Change:
     `low` and `high` bound the ratio of medians (bootstrap over the repeats, 95%). `machine` is the ratio of
     the fixed probes: what the machine itself changed by. `verdict` is "faster", "slower", "same", "unsure"
     (beyond the threshold, but not beyond the spread or what the machine changed), "gone" or "new".
-    `of_limit` is the ratio of the fractions of the machine's limit. `peer` is the engine of the same version
-    that ran in turns with ours in both runs, `of_peer` how our ratio to it changed, with its bounds: a slower
-    machine slows both, so where there is one the verdict is about this figure.
+    `of_limit` is how the part of the machine's limit changed, with bounds where both runs probed it beside
+    each turn. `peer` is the engine of the same version that ran in turns with ours in both runs, `of_peer`
+    how our ratio to it changed, with its bounds. A slower machine slows both, and its limits too, so the
+    verdict is about the peer's figure, else the limit's, else the speeds.
     """
 
     model: str
@@ -46,6 +47,8 @@ class Change:
     of_peer: float | None = None
     peer_low: float | None = None
     peer_high: float | None = None
+    limit_low: float | None = None
+    limit_high: float | None = None
 
     @property
     def regressed(self) -> bool:
@@ -62,10 +65,11 @@ def compare(base: Results, new: Results, threshold: float = SMALLEST_CHANGE) -> 
     """Return a Change for every test of either run, in the base's order.
 
     Where ours ran in pairs with the same peer in both runs, a change counts when the ratio to the peer has
-    changed by more than the threshold and its whole interval lies beyond 1. Else it counts when the whole
-    interval of the ratio of speeds lies beyond 1, and the medians differ by more than the threshold, by more
-    than the two spreads together, and by more than what the fixed probe changed in the same direction.
-    Between two devices nothing counts as a regression: verdicts are still told.
+    changed by more than the threshold and its whole interval lies beyond 1. Else, where both runs probed the
+    limit beside each turn, the part of the limit has to do so. Else the whole interval of the ratio of speeds
+    has to lie beyond 1, and the medians to differ by more than the threshold, by more than the two spreads
+    together, and by more than what the fixed probe changed in the same direction. Between two devices nothing
+    counts as a regression: verdicts are still told.
     """
     old_rows = {key_of(row): row for row in base.rows}
     new_rows = {key_of(row): row for row in new.rows}
@@ -116,6 +120,9 @@ def _change(
     noise = old["spread"] / before + new["spread"] / after
     verdict = judge(ratio, low, high, noise, machine, threshold)
     found = Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict)
+    if limit := _beside_limit(old, new):
+        verdict = judge(*limit, 0.0, None, threshold)
+        found = replace(found, verdict=verdict, of_limit=limit[0], limit_low=limit[1], limit_high=limit[2])
     for peer, part, least, most in _beside(old, new, peers):
         verdict = judge(part, least, most, 0.0, None, threshold)
         found = replace(found, verdict=verdict, peer=peer, of_peer=part, peer_low=least, peer_high=most)
@@ -124,15 +131,25 @@ def _change(
 
 def _beside(old: Row, new: Row, peers: Sequence[str]) -> list[tuple[str, float, float, float]]:
     """Return how our ratio to each peer changed, and its bounds; what is known best comes last."""
-    import numpy as np
-
     found = []
     for peer in peers if old["engine"] == "edgeformer" else ():
         pairs = [(row.get("ratios") or {}).get(peer, {}).get("pairs") for row in (old, new)]
         if all(pairs):
-            low, high = bounds(medians(pairs[1], seed=1) / medians(pairs[0]))
-            found.append((peer, float(np.median(pairs[1]) / np.median(pairs[0])), low, high))
+            found.append((peer, *_ratio_of_medians(*pairs)))
     return sorted(found, key=lambda f: -f[3] / f[2])
+
+
+def _beside_limit(old: Row, new: Row) -> tuple[float, float, float] | None:
+    """Return how the part of the limit changed, and its bounds; None where a run has no such pairs."""
+    parts = [(row.get("of_limit") or {}).get("samples") for row in (old, new)]
+    same = old.get("limit") == new.get("limit")  # int8 dot products and a matrix unit's do not compare
+    return _ratio_of_medians(*parts) if same and all(parts) else None
+
+
+def _ratio_of_medians(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:
+    """Return new over old, and the bounds of its 95% interval."""
+    low, high = bounds(medians(new, seed=1) / medians(old))
+    return statistics.median(new) / statistics.median(old), low, high
 
 
 def _limit_ratio(old: Row, new: Row) -> float | None:
@@ -157,7 +174,7 @@ def judge(
 def interval(old: Row, new: Row) -> tuple[float, float]:
     """Return the bounds of the ratio of medians: bootstrap of both samples, the same draws every time."""
     samples = [row.get("samples") or [row["tokens_per_second"]] for row in (old, new)]
-    return bounds(medians(samples[1], seed=1) / medians(samples[0]))
+    return _ratio_of_medians(*samples)[1:]
 
 
 def render(base: Results, others: Sequence[Results], threshold: float, form: str) -> tuple[str, bool]:
@@ -195,7 +212,8 @@ def _markdown(base: Results, other: Results, changes: Sequence[Change]) -> str:
     for c in changes:
         body.append([
             c.model, c.test, c.engine, _speed(c.base), _speed(c.new), _ratio(c.ratio),
-            "" if c.low is None else f"{c.low:.2f} to {c.high:.2f}", _ratio(c.of_limit),
+            "" if c.low is None else f"{c.low:.2f} to {c.high:.2f}",
+            _ratio(c.of_limit) + (f" ({c.limit_low:.3f} to {c.limit_high:.3f})" if c.limit_low else ""),
             f"{c.peer} {_ratio(c.of_peer)} ({c.peer_low:.3f} to {c.peer_high:.3f})" if c.peer else "",
             c.verdict,
         ])  # fmt: skip

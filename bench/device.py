@@ -26,6 +26,12 @@ TOOLS = (
     "gguf",
     "triton",
     "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "openvino-genai",
+    "llama-cpp-python",
+    "torchao",
+    "accelerate",
 )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from ..compiler.errors import EdgeFormerError, FormatError
 from ..compiler.target import available_cores
 from . import quality, scenarios
-from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, pair_probe, read_load
+from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, read_load, turn_limits
 from .child import ChildEngine, EngineError, Shape, cold_start
+from .device import versions
 from .fleet import OURS, Fleet, Problem
 from .journal import Journal
 from .options import Options
@@ -56,7 +57,8 @@ def bench(
 
 def _identity(path: Path, options: Options) -> dict[str, Any]:
     file = [str(path.resolve()), model_size(path), path.stat().st_mtime_ns]
-    return {"file": file, "options": options.identity(), "commit": commit(), "device": fingerprint()}
+    same = {"commit": commit(), "device": fingerprint(), "versions": versions()}
+    return {"file": file, "options": options.identity(), **same}
 
 
 class ModelRun:
@@ -126,7 +128,7 @@ class ModelRun:
     def _speed(self, test: Test) -> dict[str, Any]:
         """Time a test of every engine, in turns."""
         load = lambda: read_load(self.fleet.processes())  # noqa: E731
-        turns = Turns(self.fleet, test, lambda: pair_probe(self.threads), load, self.progress)
+        turns = Turns(self.fleet, test, lambda: turn_limits(self.threads), load, self.progress)
         found = turns.measure(Rounds(self.options.repeats, self.options.seconds * len(self.fleet.names)))
         time.sleep(REST)
         self.check.again()

@@ -11,6 +11,7 @@ from typing import Any
 from ..compiler.errors import EdgeFormerError
 from ..compiler.target import Target, available_cores, detect
 from .check import HIGHEST_FRACTION, DeviceCheck, fixed_probe, sample_warnings
+from .device import versions
 from .fleet import OURS
 from .journal import Journal
 from .op_cases import BUILDERS, Call, Case, cases, shapes
@@ -69,7 +70,7 @@ def bench_ops(options: OpsOptions, progress: Callable[[str], None] = lambda _: N
             detect().l3,
         )
     ]  # fmt: skip
-    what = {"ops": options.identity(), "commit": commit(), "device": fingerprint()}
+    what = {"ops": options.identity(), "commit": commit(), "device": fingerprint(), "versions": versions()}
     journal = Journal(what, options.resume)
     run = journal.get("run") or journal.keep("run", {"run_id": new_run_id(), "time": now()})
     shared = provenance(run["run_id"], threads, run["time"]) | {"kind": "op", "size": 0, "options": {}}

@@ -99,6 +99,10 @@ def ratio_of(pairs: Sequence[Pair]) -> Estimate | None:
     return estimate([pair.ratio for pair in found], len(pairs) - len(found))
 
 
-def moved(before: dict[str, float], after: dict[str, float]) -> float:
-    """Return how far two probes differ in the speed that changed most, as a part of the faster one."""
-    return max(1 - min(before[k], after[k]) / max(before[k], after[k]) for k in before)
+def moved(before: dict[str, float], after: dict[str, float], names: Sequence[str] = ()) -> float:
+    """Return how far two probes differ in the speed that changed most, as a part of the faster one.
+
+    Of the speeds in `names`, where a probe has any of them; else of all.
+    """
+    asked = [name for name in before if name in names] or list(before)
+    return max(1 - min(before[k], after[k]) / max(before[k], after[k]) for k in asked)

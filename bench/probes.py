@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 PROBE_BYTES = 256 << 20  # at least; and twice the last-level cache, which must not answer for the memory
 REPEATS = 5
@@ -29,6 +29,19 @@ class Limits:
     matrix_peak: float | None = None
     rounds: int = 1
     probes: dict[str, float] = field(default_factory=dict)
+
+    def at(self, now: Mapping[str, float]) -> Limits:
+        """Return these limits with what `turn_limits` told of a moment in their place."""
+        known = {
+            "read_bandwidth": "memory",
+            "int8_peak": "int8",
+            "float_peak": "float",
+            "matrix_peak": "bfloat16",
+        }
+        found = {name: now[short] for name, short in known.items() if short in now}
+        return replace(
+            self, **{name: value for name, value in found.items() if getattr(self, name) is not None}
+        )
 
     def best(self, other: Limits) -> Limits:
         """Return the higher figure of each probe of two rounds."""

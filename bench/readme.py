@@ -14,7 +14,7 @@ import typer
 
 from ..compiler.errors import FormatError
 from .result_files import Results, engines, read_all
-from .table import is_shown, markdown_table, paired_ratio
+from .table import is_shown, markdown_table, of_limit, paired_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- bench: made by `python -m edgeformer.bench.readme` from bench/results; do not edit -->"
@@ -84,12 +84,11 @@ def _lines(result: Results, peers: Sequence[str]) -> list[list[str]]:
     for row in result.rows:
         if row["engine"] != "edgeformer" or row.get("test_kind") not in ("pp", "tg") or not is_shown(row):
             continue
-        part = row["limit_fraction"]
         line = [
             row["model"].removesuffix(".gguf"),
             row["test"],
             _speed(row),
-            "" if part is None else f"{part:.0%}",
+            of_limit(row, interval=False),
         ]
         for peer in peers:
             other = by_test.get((peer, row["test"]))

@@ -11,7 +11,7 @@ from ..compiler.errors import CapacityError, FormatError
 from .op_table import operator_cells
 from .plots import OKABE_ITO, PAGE, PAPER, Plotter, all_figures, to_png, to_svg
 from .result_files import Results
-from .table import energy_text, is_shown, of_engine, quality_texts
+from .table import energy_text, is_shown, of_engine, of_limit, quality_texts
 
 LARGEST_PAGE = 2_000_000  # bytes
 DARK = ("#56B4E9", "#E69F00", "#3DD6A3", "#E8A0C4", "#9AD4F5", "#F0C75E", "#B0B0B0", "#F0E442")
@@ -163,10 +163,9 @@ def _speeds(results: Sequence[Results]) -> str:
     for result, row in rows:
         line = [row["test"], row["engine"] if len(results) == 1 else f"{row['engine']}, {result.label}"]
         if is_shown(row):
-            part = row["limit_fraction"]
             digits = 0 if row["tokens_per_second"] >= 1000 else 1
             line.append(f"{row['tokens_per_second']:,.{digits}f} ± {row['spread']:,.{digits}f}")
-            line.append("" if part is None else f"{part:.0%}")
+            line.append(of_limit(row, interval=False))
         else:
             line += [str(row.get("status", "not run")), ""]
         line.append(_beside(result, row))

@@ -14,9 +14,10 @@ from .device import device
 from .energy import energy_of
 from .fleet import OURS
 from .options import Options
-from .paired import Pair, counting, estimate
+from .paired import FEWEST, MOVED, Pair, counting, estimate, moved
 from .probes import Limits
 from .provenance import provenance
+from .turns import MATTERS
 from .work import Test, Work, fractions
 
 EMPTY = {
@@ -25,6 +26,7 @@ EMPTY = {
     "samples": [],
     "limit_fraction": None,
     "limit_fraction_with_attention": None,
+    "of_limit": None,
     "limit": "",
     "ratios": {},
 }
@@ -108,6 +110,7 @@ def _speed_row(run: RunFacts, test: Test, name: str, unit: dict[str, Any]) -> di
     work = Work(**run.units[f"about:{name}"]["work"]) if "work" in run.units[f"about:{name}"] else None
     row |= _speed_figures(speeds)
     row |= _limit_figures(test, row["tokens_per_second"], work, limits)
+    row["of_limit"] = None if work is None else _of_limit(test, found, work, limits)
     row["ratios"] = _ratios(name, unit["engines"])
     source = run.units[f"about:{name}"].get("energy_source", "the engine stopped before it told")
     return row | {
@@ -194,6 +197,30 @@ def _limit_figures(test: Test, speed: float, work: Work | None, limits: Limits) 
         "limits": measured,
         "bytes_per_step": work.step_bytes(test) if test.kind == "tg" else work.weight_bytes,
         "operations": work.operations(test),
+    }
+
+
+def _of_limit(test: Test, found: dict[str, Any], work: Work, limits: Limits) -> dict[str, Any] | None:
+    """Return which part of the limit each turn was, by the probes before and behind it; None without a limit.
+
+    Turns during which the limit moved do not count, unless that leaves too few.
+    """
+    names, parts = MATTERS.get(test.kind, ()), []
+    for seconds, (before, after) in zip(found["seconds"], found.get("probes", ()), strict=False):
+        now = limits.at({name: max(before[name], after[name]) for name in before})
+        part = fractions(test, test.tokens * test.batch / seconds, work, now, device()["l3_bytes"]).limit
+        if part is not None:
+            parts.append((moved(before, after, names) <= MOVED, part))
+    steady = [part for calm, part in parts if calm]
+    counted = steady if len(steady) >= FEWEST else [part for _, part in parts]
+    if not counted:
+        return None
+    known = estimate(counted)
+    digits = {"ratio": known.middle, "low": known.low, "high": known.high}
+    return {
+        **{name: float(f"{value:.4g}") for name, value in digits.items()},
+        "samples": [float(f"{part:.4g}") for part in counted],
+        "dropped": len(parts) - len(counted),
     }
 
 

@@ -61,7 +61,7 @@ def _speeds(rows: Rows) -> str:
         if is_shown(row):
             line += [
                 f"{row['tokens_per_second']:.1f} ± {row['spread']:.1f}",
-                "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}",
+                of_limit(row),
                 *(_ratio(row, rows, peer) for peer in peers),
             ]
         else:
@@ -70,6 +70,18 @@ def _speeds(rows: Rows) -> str:
             line.append(energy_text(row))
         body.append(line)
     return markdown_table(head, body, left=5)
+
+
+def of_limit(row: dict[str, Any], interval: bool = True) -> str:
+    """Return a row's part of the limit in words, "" where the limit is not known.
+
+    Beside the limit of the same moments, with its interval; rows of old runs have the run's best limit alone.
+    """
+    if found := row.get("of_limit"):
+        bounds = f" ({found['low']:.0%} to {found['high']:.0%})" if interval else ""
+        return f"{found['ratio']:.0%}{bounds}"
+    part = row["limit_fraction"]
+    return "" if part is None else f"{part:.0%}"
 
 
 def energy_text(row: dict[str, Any]) -> str:

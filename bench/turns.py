@@ -1,8 +1,9 @@
 """Engines take turns, each peer's between two of ours, so that what slows the machine down slows both.
 
 A turn is one run of a test, or as many as fill half a second. A pair is one turn of a peer beside the mean
-of ours before and behind it: a steady drift cancels. A short probe stands between the turns; a pair during
-which it moved, or other programs worked, does not count and is measured again.
+of ours before and behind it: a steady drift cancels. The machine's limits are probed before and behind each
+pair; one during which those that matter moved, or other programs worked, does not count and is measured
+again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ TURN = 0.5  # seconds: shorter tests are repeated within a turn
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 100
 AIM = 0.015  # half of the interval over the ratio: then there are pairs enough
+# What a test waits for: a decode step for memory, whatever a matrix unit does meanwhile; prefill for any.
+MATTERS = {"tg": ("memory", "float", "compute")}
 
 Probe = Callable[[], dict[str, float]]
 
@@ -49,7 +52,10 @@ class Rounds:
 
 @dataclass
 class Turns:
-    """One test of all engines. `found` has, for each engine, what the journal keeps of it."""
+    """One test of all engines. `found` has, for each engine, what the journal keeps of it.
+
+    Its `probes` are the limits before and behind each of its turns, as (before, behind).
+    """
 
     fleet: Fleet
     test: Test
@@ -58,6 +64,8 @@ class Turns:
     progress: Callable[[str], None]
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     last: float | None = None  # seconds of our turn just before
+    before: dict[str, float] | None = None  # the last probe
+    open: list[str] = field(default_factory=list)  # engines that had a turn since
 
     def measure(self, rounds: Rounds) -> dict[str, dict[str, Any]]:
         """Warm every engine up, then let them take turns until there is enough of it."""
@@ -65,7 +73,8 @@ class Turns:
         for name in self.fleet.names:
             settled = self.fleet.attempt(name, lambda engine: engine.prepare(self.test))
             self.found[name] = problem_of(settled) if isinstance(settled, Problem) else {"settled": settled}
-            self.found[name] |= {"seconds": [], "joules": []} | ({} if name == OURS else {"pairs": []})
+            self.found[name] |= {"seconds": [], "joules": [], "probes": []}
+            self.found[name] |= {} if name == OURS else {"pairs": []}
         start, done = time.monotonic(), 0
         while self._running(self.fleet.names):
             seconds = time.monotonic() - start
@@ -99,24 +108,31 @@ class Turns:
     def _round(self, number: int) -> None:
         """Let each peer have a turn between two of ours; the peer that begins changes."""
         peers = self._peers()
+        if self.before is None:
+            self._probe()
         if self.last is None or not peers:
             self.last = self._turn(OURS)
-        before = self._probe()
+            self._probe()
         for i in range(len(peers)):
             name = peers[(i + number) % len(peers)]
             load = self.load()
             theirs, again = self._turn(name), self._turn(OURS)
             others = self.load().others_since(load)
-            after = self._probe()
+            change = moved(*self._probe(), MATTERS.get(self.test.kind, ()))
             if self.last and theirs and again:
-                mean = (self.last + again) / 2
-                pair = Pair(mean, theirs, round(moved(before, after), 4), round(others, 3))
+                pair = Pair((self.last + again) / 2, theirs, round(change, 4), round(others, 3))
                 self.found[name]["pairs"].append(asdict(pair))
-            before, self.last = after, again
+            self.last = again
 
-    def _probe(self) -> dict[str, float]:
+    def _probe(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Probe the limits, behind the turns since the last time; return the last probe and this one."""
         time.sleep(PAUSE)
-        return self.probe()
+        after = {name: float(f"{speed:.5g}") for name, speed in self.probe().items()}
+        before, self.before = self.before or after, after
+        for name in self.open:
+            self.found[name]["probes"].append([before, after])
+        self.open.clear()
+        return before, after
 
     def _turn(self, name: str) -> float | None:
         """Return the mean seconds of a test in an engine's turn; None where it has a problem."""
@@ -135,6 +151,7 @@ class Turns:
         seconds = sum(t.seconds for t in timings) / len(timings)
         self.found[name]["seconds"].append(seconds)
         self.found[name]["joules"].append(sum(joules) / len(joules) if joules else None)
+        self.open.append(name)
         return seconds
 
 

@@ -109,8 +109,14 @@ def probe_speeds() -> list[float]:
 
 @pytest.fixture
 def pair_speeds() -> list[float]:
-    """What the short probe between turns will tell."""
+    """What the probes between turns will tell, in hundredths of LIMITS."""
     return [100.0]
+
+
+@pytest.fixture
+def tiles() -> dict[str, float]:
+    """What the probes between turns tell of a matrix unit; without it: nothing."""
+    return {}
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ def following(speeds: list[float]) -> float:
 @pytest.fixture
 def pretend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: list[str], engines: dict[str, Any],
-    probe_speeds: list[float], pair_speeds: list[float], other_work: list[float],
+    probe_speeds: list[float], pair_speeds: list[float], tiles: dict[str, float], other_work: list[float],
 ) -> Callable[..., list[dict[str, Any]]]:  # fmt: skip
     """Run the bench on pretenders and return its rows."""
     path = tmp_path / "model.gguf"
@@ -150,6 +156,10 @@ def pretend(
     def probe(threads: int) -> dict[str, float]:
         return {"compute": following(probe_speeds), "memory": 50.0}
 
+    def turn_limits(threads: int) -> dict[str, float]:
+        part = following(pair_speeds) / 100
+        return {"memory": part * LIMITS.read_bandwidth, "int8": part * 2e12} | tiles
+
     def open_engine(name: str, *_: Any) -> Any:
         found = engines[name]
         if isinstance(found, Exception):
@@ -160,7 +170,7 @@ def pretend(
     monkeypatch.setattr(bench_fleet, "open_engine", open_engine)
     monkeypatch.setattr(bench_model, "measure_limits", limits)
     monkeypatch.setattr(bench_model, "fixed_probe", probe)
-    monkeypatch.setattr(bench_model, "pair_probe", lambda threads: {"compute": following(pair_speeds)})
+    monkeypatch.setattr(bench_model, "turn_limits", turn_limits)
     monkeypatch.setattr(bench_model, "read_load", lambda *_: Load(*next(clock), 0.0, 0.0))
     monkeypatch.setattr(bench_model, "PAUSE", 0.0)
     monkeypatch.setattr(bench_turns, "PAUSE", 0.0)

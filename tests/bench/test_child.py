@@ -27,7 +27,7 @@ from edgeformer.compiler.errors import UnsupportedError
 
 KIND = EngineKind("toy", "toy", "toy", "pip install toy", ("json",), ("toy",))
 CHILD = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 log = []
 for line in sys.stdin:
     q = json.loads(line)
@@ -41,6 +41,9 @@ for line in sys.stdin:
             print('{"seconds": 1', end="", flush=True)
             os._exit(9)
         if q["test"]["tokens"] == 14:
+            if "TOY_HELPER" in os.environ:
+                helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+                open(os.environ["TOY_HELPER"], "w").write(str(helper.pid))
             time.sleep(60)
         answer = {"seconds": 1.0 if q["setting"]["fast"] else 2.0, "joules": None}
     elif q["do"] == "query":
@@ -107,6 +110,28 @@ def test_a_hanging_child_is_ended():
     assert time.monotonic() - start < 30
     engine.close()
     assert not engine.alive
+
+
+def test_what_a_hanging_child_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a compiler's workers would go on, on the cores that the others are measured on."""
+    import psutil
+
+    monkeypatch.setenv("TOY_HELPER", str(tmp_path / "pid"))
+    engine = toy(answer=5.0)
+    with pytest.raises(EngineError, match="no answer to 'time'"):
+        engine.prepare(Test("pp", 14))
+    helper = int((tmp_path / "pid").read_text())
+
+    def runs() -> bool:
+        try:
+            return psutil.Process(helper).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + 10
+    while runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs()
 
 
 def test_a_cold_start_closes_its_process():

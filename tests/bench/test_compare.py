@@ -103,6 +103,22 @@ def test_the_ratio_to_a_peer_decides_where_there_are_pairs():
     assert compare(base, with_pairs("b", wide, slow))[0].verdict == "unsure"
 
 
+PARTS = [0.90, 0.91, 0.89, 0.905, 0.895]
+
+
+def test_the_part_of_the_limit_decides_where_there_is_no_peer():
+    """Half the speed of half the memory is no regression; a lost tenth of the limit is one."""
+    slow = [s * 0.5 for s in BASE]
+    base = results("a", row(BASE, of_limit={"samples": PARTS}))
+    change = compare(base, results("b", row(slow, of_limit={"samples": [p * 1.01 for p in PARTS]})))[0]
+    assert (change.verdict, change.ratio) == ("same", 0.5)
+    assert change.limit_low is not None and change.limit_low < 1.01 < (change.limit_high or 0)
+    worse = results("b", row(BASE, of_limit={"samples": [p * 0.9 for p in PARTS]}))
+    assert compare(base, worse)[0].regressed and "0.900 (0.8" in render(base, [worse], 0.03, "md")[0]
+    other = results("b", row(slow, of_limit={"samples": PARTS}, limit="another"))
+    assert compare(base, other)[0].verdict == "slower"  # parts of two limits do not compare
+
+
 def test_a_peer_of_another_version_is_no_measure():
     slow = [s * 0.8 for s in BASE]
     change = compare(with_pairs("a", PAIRS, BASE), with_pairs("b", PAIRS, slow, version="2"))[0]

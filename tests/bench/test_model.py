@@ -56,6 +56,15 @@ def test_rows_have_the_median_the_spread_and_where_they_come_from(pretend: Any):
     assert len({r["run_id"] for r in rows}) == 1
 
 
+def test_other_versions_of_the_tools_are_another_run(pretend: Any, monkeypatch: pytest.MonkeyPatch):
+    from edgeformer.bench import model
+
+    same = model._identity(Path(__file__), Options())
+    assert same == model._identity(Path(__file__), Options())
+    monkeypatch.setattr(model, "versions", lambda: {"llama-cpp-python": "another"})
+    assert same != model._identity(Path(__file__), Options())
+
+
 def test_energy_is_never_zero(pretend: Any):
     unknown = pretend(prompt=(0,), generate=(120,))[0]["energy"]
     assert unknown == {"status": "unavailable", "source": "no counter here", "joules_per_token": None}

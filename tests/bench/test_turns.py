@@ -51,6 +51,35 @@ def test_pairs_during_which_the_machine_changed_are_measured_again(pretend: Any,
     )
 
 
+def test_the_part_of_the_limit_is_that_of_the_same_moment(
+    pretend: Any, engines: dict[str, Any], pair_speeds: list[float]
+):
+    """Machine and engine fall to half their speed: by the best limit of the run, most turns seem slow."""
+    engines["edgeformer"]._seconds = [1.0, 1.0, 2.0, 2.0, 2.0]
+    pair_speeds[:] = [100.0, 100.0, 100.0, 50.0]
+    row = pretend(prompt=(0,), generate=(20,), peers=(), repeats=5)[0]
+    whole = 20 * (10**9 + 1000 * 10.5) / 5e10  # least seconds of a turn, by the run's best limit
+    assert row["limit_fraction"] == pytest.approx(whole / 2, rel=1e-3)
+    found = row["of_limit"]
+    assert found["ratio"] == found["low"] == found["high"] == pytest.approx(whole, rel=1e-3)
+    assert (len(found["samples"]), found["dropped"]) == (4, 1)  # the limit moved during the third
+    assert f"| {found['ratio']:.0%} ({found['low']:.0%} to {found['high']:.0%}) |" in render([row], "md")
+
+
+def test_a_matrix_unit_that_jumps_disturbs_prompts_alone(pretend: Any, monkeypatch: pytest.MonkeyPatch):
+    speeds = [1.0, 4.0] * 100
+
+    def jumping(threads: int) -> dict[str, float]:
+        return {"memory": 5e10, "int8": 2e12, "bfloat16": speeds.pop() * 1e12}
+
+    monkeypatch.setattr("edgeformer.bench.model.turn_limits", jumping)
+    rows = pretend(prompt=(16,), generate=(16,), repeats=3)
+    moved = {
+        row["test"]: row["ratios"]["llama.cpp"]["moved"] for row in rows if row["engine"] == "edgeformer"
+    }
+    assert moved == {"pp16": 0.75, "tg16": 0.0}
+
+
 def test_pairs_during_which_others_worked_are_measured_again(pretend: Any, other_work: list[float]):
     other_work[:] = [0.0, 0.9, 0.05]
     rows = pretend(prompt=(0,), generate=(16,), repeats=3)
