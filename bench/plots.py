@@ -103,6 +103,16 @@ class Plotter:
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(labelcolor=self.theme.ink, frameon=False, fontsize=8.5, **options)
 
+    def legend_below(self, fig: Any, axes: Any) -> None:
+        """Draw the legend under the plot, where it hides nothing, when there is more than one series."""
+        handles, labels = axes.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        if len(unique) > 1:
+            fig.legend(
+                unique.values(), unique.keys(), labelcolor=self.theme.ink, frameon=False, fontsize=8.5,
+                loc="outside lower center", ncols=min(2, len(unique)),
+            )  # fmt: skip
+
 
 def lines(plotter: Plotter, results: Sequence[Results], title: str, x: str, kind: str, at: str) -> Any | None:
     """Draw speeds of one kind of test against a field of the rows ("depth" or "batch"), with their spread."""
@@ -161,13 +171,7 @@ def bars(
     axes.set_xlim(0, max(v[0] + v[1] for _, values in found for v in values.values()) * 1.2)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", linewidth=0.6)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    if len(unique) > 1:
-        fig.legend(
-            unique.values(), unique.keys(), labelcolor=plotter.theme.ink, frameon=False, fontsize=8.5,
-            loc="outside lower center", ncols=min(2, len(unique)),
-        )  # fmt: skip
+    plotter.legend_below(fig, axes)
     return fig
 
 
@@ -234,8 +238,8 @@ def roofline(plotter: Plotter, results: Sequence[Results]) -> Any | None:
                 linewidth=1.2,
             )
             axes.annotate(
-                f"{name} {value / 1e12:.2f} TOP/s", (high, value), xytext=(-2, 3), textcoords="offset points",
-                ha="right", fontsize=8, color=plotter.theme.ink,
+                f"{name}\n{value / 1e12:.2f} TOP/s", (high, value), xytext=(3, 0), textcoords="offset points",
+                va="center", fontsize=8, color=plotter.theme.ink, annotation_clip=False,
             )  # fmt: skip
     for s in found:
         axes.scatter(
@@ -244,7 +248,7 @@ def roofline(plotter: Plotter, results: Sequence[Results]) -> Any | None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    plotter.legend(axes, loc="lower right")
+    plotter.legend_below(fig, axes)
     return fig
 
 
