@@ -104,6 +104,16 @@ def test_real_operators_are_right_and_have_peers(quick: None, operators: tuple[s
     assert "| edgeformer |" in render_ops(rows, "md")
 
 
+@pytest.mark.real
+def test_forms_are_asked_for_by_name(quick: None):
+    """Each has rows of its own beside the peer, and one that there is not says so in its row."""
+    options = OpsOptions(("norm",), ("small",), rows=(5,), forms=("", "reference", "hexagon"), repeats=3)
+    rows = {row["engine"]: row for row in bench_ops(options) if row["engine"].startswith("edgeformer")}
+    status = {engine: row["status"] for engine, row in rows.items()}
+    assert status == {"edgeformer": "ok", "edgeformer reference": "ok", "edgeformer hexagon": "failed"}
+    assert "hexagon" in rows["edgeformer hexagon"]["error"]
+
+
 def test_a_target_that_cannot_run_here_has_no_speed(quick: None):
     foreign = next(n for n in known_targets() if Target.parse(n).missing_on(detect()))
     options = OpsOptions(("quant_matmul", "norm"), ("small",), rows=(1,), target=foreign)

@@ -25,7 +25,7 @@ from . import planted
 
 pytestmark = pytest.mark.real
 LONG = os.environ.get("EDGEFORMER_TORTURE") == "1"
-SAMPLE = 1 << 30 if LONG else 4  # changes that are tried of each kernel
+ENOUGH = 1 << 30 if LONG else 3  # wrong kernels that have to be found before a test ends
 MATMUL = QuantMatmulSpec(48, 64, WeightFormat.int4(), "int8")
 DECODE = AttentionSpec(4, 2, 32, 32, kv_dtype="bfloat16", layout="blocked", mask="causal_lengths")
 CASES = [
@@ -63,10 +63,11 @@ def test_every_wrong_kernel_is_found(
     assert evaluator.check(given, given.space.default) == ""
     with Child("planted:count") as counter:
         total = counter.ask(given.request, 60)
-    numbers = sorted(random.Random(0).sample(range(1, total + 1), min(SAMPLE, total)))
     found, harmless, missed = 0, 0, []
     with Child("planted:differs") as judge:
-        for number in numbers:
+        for number in random.Random(0).sample(range(1, total + 1), total):
+            if found == ENOUGH:
+                break
             configuration = given.space.default | {"planted": number}
             if evaluator.check(given, configuration):
                 found += 1
@@ -76,9 +77,9 @@ def test_every_wrong_kernel_is_found(
                 missed.append(f"change {number}: {why}")
             else:
                 harmless += 1
-    print(f"{name} {sizes}: of {len(numbers)} changes {found} found, {harmless} change no result")
+    print(f"{name} {sizes}: {found} found, {harmless} change no result, of {total}")
     assert not missed, missed
-    assert found > harmless
+    assert found >= min(3, total)
 
 
 def test_a_wrong_kernel_that_is_faster_does_not_win(cache: Path, evaluator: ChildEvaluator) -> None:
