@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 Clock = Callable[[], float]
 MOVED = 0.10  # a probe that moves by more than this makes a measurement worthless
+LEAST_PASSES = 5
 _LEAST_SECONDS = 0.002  # of a pass: far above the clock's step and a launch's jitter
 
 
@@ -56,11 +58,15 @@ def measure(
     clock: Clock = time.perf_counter,
     least_seconds: float = _LEAST_SECONDS,
     most_calls: int = 1 << 14,
+    seconds: float = math.inf,
 ) -> Measured:
     """Time `calls` in turn, `passes` times; repeat it all while the `probe` moves by more than MOVED.
 
-    After `most_repeats` the steadiest attempt is returned: `steady` then says that it is not.
+    After `most_repeats` the steadiest attempt is returned: `steady` then says that it is not. After `seconds`
+    no pass begins, but for the first LEAST_PASSES.
     """
+    end = clock() + seconds if math.isfinite(seconds) else math.inf
+    late = lambda: math.isfinite(end) and clock() >= end  # noqa: E731
     counter = 0
     counts = []
     for call in calls:  # warm-up: code and pages come in, threads awake; and how many calls make a pass
@@ -78,7 +84,9 @@ def measure(
     for attempt in range(1, most_repeats + 1):
         before = probe() if probe else 1.0
         times: list[list[float]] = [[] for _ in calls]
-        for _ in range(passes):
+        for done in range(passes):
+            if done >= LEAST_PASSES and late():
+                break
             for which, call in enumerate(calls):
                 start = clock()
                 for _ in range(counts[which]):
@@ -90,7 +98,7 @@ def measure(
         found = Measured(tuple(Sample.of(t) for t in times), tuple(tuple(t) for t in times), moved, attempt)
         if best is None or found.moved < best.moved:
             best = found
-        if best.steady:
+        if best.steady or late():
             break
     assert best is not None
     return Measured(best.samples, best.times, best.moved, attempt)

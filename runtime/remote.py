@@ -20,7 +20,7 @@ from ..compiler.measure import Measured, Sample
 from ..compiler.target import Target, available_cores
 from ..compiler.tuner import OutOfTime, Problem
 from .device import ANSWER, DESCRIBE, target_of, unreachable
-from .trial import Request
+from .trial import ENDED_WITHIN, Request
 
 _TRIAL_SECONDS, _PREPARE_SECONDS = 90.0, 240.0
 _GRACE = 10.0  # seconds by which an answer may be late before its device counts as lost
@@ -244,7 +244,9 @@ class RemoteEvaluator:
         seconds: float,
         needed: Sequence[Mapping[str, Any]],
     ) -> Any:
-        request = dataclasses.replace(problem.request, do=do, configurations=configurations)
+        request = dataclasses.replace(
+            problem.request, do=do, configurations=configurations, seconds=ENDED_WITHIN * seconds
+        )
         if passes:
             request = dataclasses.replace(request, passes=passes)
         libraries = tuple(self._library(request, dict(c)) for c in needed)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ _PASSES = 7
 _PROBE_BYTES = 32 << 20
 _LARGER_THAN_CACHE = 1.15  # inputs together, over the last-level cache: each is evicted before its turn comes
 _LEAST_BYTES = 64 << 20
+ENDED_WITHIN = 0.8  # of a comparison's time: the last pass has to end, too
 _MORE_SPILLS = 24  # than the default's: such a kernel was never faster
 
 
@@ -40,7 +43,7 @@ class Request:
 
     `provider` is "module:function", which returns the operators by name. `small` leaves out what would make
     inputs larger than the caches. `libraries` are (configuration as JSON, bytes, spills) that were built
-    elsewhere.
+    elsewhere. `seconds` are there for building and timing: what is slow gets fewer passes.
     """
 
     do: str
@@ -54,6 +57,7 @@ class Request:
     passes: int = _PASSES
     libraries: tuple[tuple[str, bytes, int], ...] = ()
     provider: str = "edgeformer.runtime.registry:tunable"
+    seconds: float = math.inf
 
     @property
     def problem(self) -> str:
@@ -63,6 +67,7 @@ class Request:
 
 def answer(request: Request) -> Any:
     """Do what a request asks for. Called by the child for each."""
+    end = time.monotonic() + request.seconds
     bench = _bench(request)
     bench.libraries.update({text: (data, spills) for text, data, spills in request.libraries})
     if request.do == "build":
@@ -70,7 +75,7 @@ def answer(request: Request) -> Any:
     if request.do == "trial":
         return bench.trial(request.configurations[0])
     if request.do == "compare":
-        return bench.compare(request.configurations, request.passes)
+        return bench.compare(request.configurations, request.passes, end)
     if request.do == "limits":
         return bench.limits(request.configurations, request.passes)
     if request.do == "check":
@@ -141,9 +146,11 @@ class Bench:
         status = GOOD if found.steady else NOISY
         return Trial(given, status, after.seconds / before.seconds, after.seconds, after.spread, note)
 
-    def compare(self, configurations: tuple[Mapping[str, Any], ...], passes: int) -> Measured:
-        """Time configurations in turn."""
-        return self._measure([self._build(dict(c))[0] for c in configurations], passes)
+    def compare(
+        self, configurations: tuple[Mapping[str, Any], ...], passes: int, end: float = math.inf
+    ) -> Measured:
+        """Time configurations in turn, until `end` (time.monotonic) at most where they are slow."""
+        return self._measure([self._build(dict(c))[0] for c in configurations], passes, end)
 
     def limits(self, configurations: tuple[Mapping[str, Any], ...], passes: int) -> Limited:
         """Time configurations, reading of their inputs, and the target's arithmetic, all in turn."""
@@ -193,12 +200,13 @@ class Bench:
                 return problem
         return ""
 
-    def _measure(self, calls: list[Callable[..., Any]], passes: int) -> Measured:
+    def _measure(self, calls: list[Callable[..., Any]], passes: int, end: float = math.inf) -> Measured:
         work = self._work()
         runs = [lambda i, call=call: work.run(call, i) for call in calls]
         # Nobody on this machine builds or measures meanwhile, as far as they share this lock.
         with locked(cache_root() / "tuning" / "measuring.lock"):
-            return measure(runs, passes, probe=self._probe)
+            left = max(0.0, end - time.monotonic())
+            return measure(runs, passes, probe=self._probe, seconds=left)
 
     def _work(self) -> Any:
         if self._workload is None:

@@ -21,7 +21,7 @@ from ..compiler.records import RecordStore
 from ..compiler.space import Space
 from ..compiler.target import Target
 from ..compiler.tuner import Evaluator, Event, Outcome, OutOfTime, Problem, tune
-from .trial import Limited, Request
+from .trial import ENDED_WITHIN, Limited, Request
 
 _PREPARE_SECONDS = 240.0  # of the first trial: inputs and references of a large problem are made
 _TRIAL_SECONDS = 90.0
@@ -165,8 +165,9 @@ class ChildEvaluator:
         seconds: float = math.inf,
     ) -> Any:
         request = dataclasses.replace(
-            problem.request, do=do, configurations=configurations, **({"passes": passes} if passes else {})
-        )
+            problem.request, do=do, configurations=configurations, seconds=ENDED_WITHIN * seconds,
+            **({"passes": passes} if passes else {}),
+        )  # fmt: skip
         timeout = len(configurations) * self._trial_seconds
         state = (request.problem, self._child.starts)
         if state != self._prepared:

@@ -201,6 +201,16 @@ def test_a_measurement_while_the_machine_changed_is_repeated_and_bounded() -> No
     assert found.repeats <= 3
 
 
+def test_slow_calls_get_fewer_passes_where_the_time_is_short() -> None:
+    """A prompt of half a second, four rivals, the machine restless: 15 passes three times took minutes."""
+    wild = Machine(lambda now: 1 + int(now) % 3)
+    found = measure([wild.call(0.5)] * 5, 15, probe=wild.probe, clock=wild.clock, seconds=30.0)
+    assert len(found.times[0]) >= 5 and found.repeats == 1 and wild.now < 60
+    calm = Machine()
+    found = measure([calm.call(0.5)] * 5, 15, probe=calm.probe, clock=calm.clock, seconds=1.0)
+    assert [len(times) for times in found.times] == [5] * 5  # fewer would have no spread
+
+
 def test_slow_then_fast_noise_makes_no_winner() -> None:
     """The machine speeds up in the middle of a comparison of two equal kernels: 100 planted moments."""
     for moment in range(100):
