@@ -2,6 +2,8 @@
 
 A and B are cache folders (EDGEFORMER_CACHE_DIR), such as of a short and a long `edgeformer tune`. Prints the
 median over pairs of the time with A over the time with B, of prefill and of decode: above 1, B is faster.
+Both are loaded several times, in turn first: where its weights come to lie makes the same program faster or
+slower by some percent.
 """
 
 from __future__ import annotations
@@ -33,31 +35,34 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--loads", type=int, default=5, help="each load puts the weights elsewhere")
     parser.add_argument("--wall", type=float, default=float(1 << 20))
     options = parser.parse_args()
-    end, models = time.monotonic() + options.wall, []
-    for folder in options.folders:
-        os.environ["EDGEFORMER_CACHE_DIR"] = str(folder)
-        recorded.forget()
-        dispatch.forget()
-        models.append(load(options.model))
-    ids = [i % models[0].config.vocab_size for i in range(7, 7 + options.prompt)]
-    for model in models:
-        measure(model, ids, options.new)
+    end = time.monotonic() + options.wall
     ratios: list[tuple[float, float]] = []
-    for pair in range(options.pairs):
-        if time.monotonic() > end:
-            break
-        found: dict[int, tuple[float, float]] = {}
-        for which in (0, 1) if pair % 2 else (1, 0):
-            found[which] = measure(models[which], ids, options.new)
-        ratios.append((found[0][0] / found[1][0], found[0][1] / found[1][1]))
+    for block in range(options.loads):
+        models = {}
+        for which in (0, 1) if block % 2 else (1, 0):
+            os.environ["EDGEFORMER_CACHE_DIR"] = str(options.folders[which])
+            recorded.forget()
+            dispatch.forget()
+            models[which] = load(options.model)
+        ids = [i % models[0].config.vocab_size for i in range(7, 7 + options.prompt)]
+        for model in models.values():
+            measure(model, ids, options.new)
+        for pair in range(-(-options.pairs // options.loads)):
+            if time.monotonic() > end:
+                break
+            found: dict[int, tuple[float, float]] = {}
+            for which in (0, 1) if pair % 2 else (1, 0):
+                found[which] = measure(models[which], ids, options.new)
+            ratios.append((found[0][0] / found[1][0], found[0][1] / found[1][1]))
     row: dict[str, Any] = {"pairs": len(ratios)}
     for i, name in enumerate(("prefill", "decode")):
         column = [ratio[i] for ratio in ratios]
         low, middle, high = statistics.quantiles(column, n=4)
         row[name] = {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
-    for name, model in zip("ab", models):
+    for name, model in zip("ab", (models[0], models[1])):
         program = getattr(model.step, "program", None)
         row[name] = {"record": getattr(program, "record", "op by op")}
     print(json.dumps(row))

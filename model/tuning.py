@@ -29,7 +29,6 @@ from ..kernels.shared.memory import large_page_empty
 from ..runtime import recorded, registry
 from ..runtime.kv_cache import KVCache
 from ..runtime.program import TUNED_SIZES
-from ..runtime.threads import set_threads
 from ..runtime.tuning import problem_of, tune_problems
 from .compiled import KV_NAMES, CompiledDecoder, chunk_spec, self_check, step_spec
 from .decoder import Decoder
@@ -39,6 +38,7 @@ from .layers import QuantLinear
 from .loading import load_as_it_is, open_checkpoint
 from .plan import plan_memory
 from .requantise import QuantisedCheckpoint
+from .tuned_speed import side_by_side, speeds
 
 PROVIDER = "edgeformer.model.tuning:tunable"
 _STEP_LENGTHS, _CHUNK_LENGTHS = (1,) * 6, (17, 40, 9)  # of a check: tokens of each call
@@ -330,13 +330,13 @@ def tune(
     }  # fmt: skip
     model = load_as_it_is(**options)
     found = problems(model, options | {"threads": model.threads}, operators)
-    before = speeds(model)
+    before, earlier = speeds(model), recorded.known()
     del model
     outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress)
     recorded.forget()
-    changed = any(outcome.state == "tuned" for outcome in outcomes)
-    after = speeds(load_as_it_is(**options)) if changed else before
-    return Tuned(tuple(outcomes), before, after)
+    if not any(outcome.state == "tuned" for outcome in outcomes):
+        return Tuned(tuple(outcomes), before, before)
+    return Tuned(tuple(outcomes), *side_by_side(lambda: load_as_it_is(**options), earlier, before))
 
 
 def on_demand() -> float:
@@ -392,22 +392,6 @@ def tune_replaced(model: torch.nn.Module, target: Target, dtype: str) -> int:
                 )
     missing = _missing([problem for problem in found.values() if problem is not None])
     return _tune_missing(missing) if missing else 0
-
-
-def speeds(model: LanguageModel, prompt: int = 512, new: int = 32, repeats: int = 3) -> dict[str, float]:
-    """Return tokens a second of prefill and decode, medians of a few runs."""
-    set_threads(model.threads)
-    prompt = max(1, min(prompt, model.context - new - 1))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (prompt,), generator=generator).tolist()
-    runs = []
-    for _ in range(repeats):
-        model.generate(ids, max_tokens=new, ignore_eos=True)
-        stats = model.last_run
-        assert stats is not None
-        runs.append((stats.prefill_speed, stats.decode_speed))
-    middle = [sorted(column)[len(runs) // 2] for column in zip(*runs)]
-    return {"prefill": middle[0], "decode": middle[1]}
 
 
 def budget_seconds(budget: float | str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from ..compiler.lookup import Found, Wanted, look_up, stale
@@ -16,15 +18,34 @@ from . import launch
 _BUCKETS = (1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192)
 
 
+Known = tuple[RecordStore, list[tuple[Record, str]]]
+_held: list[Known] = []
+
+
 @functools.cache
-def _known() -> tuple[RecordStore, list[tuple[Record, str]]]:
+def _read() -> Known:
     store = RecordStore()
     return store, store.all()
 
 
+def known() -> Known:
+    """Return the records that look-ups see now."""
+    return _held[-1] if _held else _read()
+
+
 def forget() -> None:
     """Read the records anew at the next look-up (after tuning or an import in this process)."""
-    _known.cache_clear()
+    _read.cache_clear()
+
+
+@contextlib.contextmanager
+def held(records: Known) -> Iterator[None]:
+    """Let look-ups see these records of an earlier `known`, whatever is stored now."""
+    _held.append(records)
+    try:
+        yield
+    finally:
+        _held.pop()
 
 
 def configuration(
@@ -51,7 +72,7 @@ def bind_buckets(operator: Operator, form: Form, spec: Any, sizes: Sizes, target
 
     `sizes` are those of one call: their names count. Without records there is the default alone.
     """
-    if form.lower is None or form.tuning is None or not _known()[1]:
+    if form.lower is None or form.tuning is None or not known()[1]:
         return
     names = list(sizes)
     for at in itertools.product(_BUCKETS, repeat=len(names)):
@@ -78,7 +99,7 @@ def explain(
     """
     from .tuning import wanted
 
-    store, records = _known()
+    store, records = known()
     if not records:
         return []
     about = wanted(operator, form, spec, sizes, target, threads)
