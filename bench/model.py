@@ -133,6 +133,9 @@ class ModelRun:
         time.sleep(REST)
         self.check.again()
         self._measure_limits()
+        assert self.limits is not None
+        probes = [probe for engine in found.values() for both in engine.get("probes", ()) for probe in both]
+        self.limits = self.limits.raised(probes)
         return {"engines": found, "limits": asdict(self.limits), "session": self.session}  # pyright: ignore[reportArgumentType]
 
     def _about(self, name: str) -> dict[str, Any]:

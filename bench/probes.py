@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 PROBE_BYTES = 256 << 20  # at least; and twice the last-level cache, which must not answer for the memory
 REPEATS = 5
+# Each limit's name in what `turn_limits` returns.
+TURN_NAMES = {
+    "read_bandwidth": "memory", "int8_peak": "int8", "float_peak": "float", "matrix_peak": "bfloat16"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,19 @@ class Limits:
 
     def at(self, now: Mapping[str, float]) -> Limits:
         """Return these limits with what `turn_limits` told of a moment in their place."""
-        known = {
-            "read_bandwidth": "memory",
-            "int8_peak": "int8",
-            "float_peak": "float",
-            "matrix_peak": "bfloat16",
-        }
-        found = {name: now[short] for name, short in known.items() if short in now}
-        return replace(
-            self, **{name: value for name, value in found.items() if getattr(self, name) is not None}
-        )
+        found = {name: now[short] for name, short in TURN_NAMES.items() if short in now}
+        return replace(self, **{name: v for name, v in found.items() if getattr(self, name) is not None})
+
+    def raised(self, moments: Iterable[Mapping[str, float]]) -> Limits:
+        """Return these limits, or what `turn_limits` told of a moment where that is higher."""
+        found = self
+        for now in moments:
+            there = found.at(now)
+            names = {
+                name: max(getattr(found, name) or 0.0, getattr(there, name) or 0.0) for name in TURN_NAMES
+            }
+            found = replace(found, **{name: value or None for name, value in names.items()})
+        return found
 
     def best(self, other: Limits) -> Limits:
         """Return the higher figure of each probe of two rounds."""

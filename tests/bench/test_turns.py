@@ -66,6 +66,12 @@ def test_the_part_of_the_limit_is_that_of_the_same_moment(
     assert f"| {found['ratio']:.0%} ({found['low']:.0%} to {found['high']:.0%}) |" in render([row], "md")
 
 
+def test_the_best_limit_of_a_run_is_that_of_all_its_probes(pretend: Any, pair_speeds: list[float]):
+    pair_speeds[:] = [100.0, 120.0, 100.0]
+    row = pretend(prompt=(0,), generate=(20,), peers=(), repeats=3)[0]
+    assert row["limits"]["read_bandwidth"] == pytest.approx(6e10) and row["limits"]["matrix_peak"] is None
+
+
 def test_a_matrix_unit_that_jumps_disturbs_prompts_alone(pretend: Any, monkeypatch: pytest.MonkeyPatch):
     speeds = [1.0, 4.0] * 100
 
