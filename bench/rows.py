@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import scenarios
-from .check import sample_warnings
+from .check import HIGHEST_FRACTION, sample_warnings
 from .device import device
 from .energy import energy_of
 from .fleet import OURS
@@ -203,7 +203,8 @@ def _limit_figures(test: Test, speed: float, work: Work | None, limits: Limits) 
 def _of_limit(test: Test, found: dict[str, Any], work: Work, limits: Limits) -> dict[str, Any] | None:
     """Return which part of the limit each turn was, by the probes before and behind it; None without a limit.
 
-    Turns during which the limit moved do not count, unless that leaves too few.
+    Turns during which the limit moved do not count, unless that leaves too few. A turn above its limit never
+    counts: what was probed beside it was no limit, since other programs had the cores.
     """
     names, parts = MATTERS.get(test.kind, ()), []
     for seconds, (before, after) in zip(found["seconds"], found.get("probes", ()), strict=False):
@@ -211,9 +212,10 @@ def _of_limit(test: Test, found: dict[str, Any], work: Work, limits: Limits) -> 
         part = fractions(test, test.tokens * test.batch / seconds, work, now, device()["l3_bytes"]).limit
         if part is not None:
             parts.append((moved(before, after, names) <= MOVED, part))
-    steady = [part for calm, part in parts if calm]
-    counted = steady if len(steady) >= FEWEST else [part for _, part in parts]
-    if not counted:
+    possible = [(calm, part) for calm, part in parts if part <= HIGHEST_FRACTION]
+    steady = [part for calm, part in possible if calm]
+    counted = steady if len(steady) >= FEWEST else [part for _, part in possible]
+    if 2 * len(possible) < len(parts) or not counted:
         return None
     known = estimate(counted)
     digits = {"ratio": known.middle, "low": known.low, "high": known.high}

@@ -66,6 +66,18 @@ def test_the_part_of_the_limit_is_that_of_the_same_moment(
     assert f"| {found['ratio']:.0%} ({found['low']:.0%} to {found['high']:.0%}) |" in render([row], "md")
 
 
+def test_a_turn_above_its_limit_has_none(pretend: Any, pair_speeds: list[float], engines: dict[str, Any]):
+    """Another program had the cores while the limits were probed: no row says 756% of a limit."""
+    engines["edgeformer"]._seconds = [0.5]  # 0.8 of LIMITS
+    pair_speeds[:] = [100.0, 10.0, 10.0, 10.0, 10.0]
+    row = pretend(prompt=(0,), generate=(20,), peers=(), repeats=4)[0]
+    assert row["of_limit"] is None and row["limit_fraction"] == pytest.approx(0.8, rel=1e-3)
+    assert "| 80% |" in render([row], "md")
+    pair_speeds[:] = [100.0, 100.0, 100.0, 100.0, 10.0, 10.0]
+    row = pretend(prompt=(0,), generate=(20,), peers=(), repeats=5)[0]
+    assert row["of_limit"]["ratio"] == pytest.approx(0.8, rel=1e-3) and row["of_limit"]["dropped"] == 2
+
+
 def test_the_best_limit_of_a_run_is_that_of_all_its_probes(pretend: Any, pair_speeds: list[float]):
     pair_speeds[:] = [100.0, 120.0, 100.0]
     row = pretend(prompt=(0,), generate=(20,), peers=(), repeats=3)[0]
