@@ -141,9 +141,10 @@ def _beside(old: Row, new: Row, peers: Sequence[str]) -> list[tuple[str, float, 
 
 def _beside_limit(old: Row, new: Row) -> tuple[float, float, float] | None:
     """Return how the part of the limit changed, and its bounds; None where a run has no such pairs."""
-    parts = [(row.get("of_limit") or {}).get("samples") for row in (old, new)]
-    same = old.get("limit") == new.get("limit")  # int8 dot products and a matrix unit's do not compare
-    return _ratio_of_medians(*parts) if same and all(parts) else None
+    before, after = ((row.get("of_limit") or {}).get("samples") for row in (old, new))
+    if old.get("limit") != new.get("limit"):  # int8 dot products and a matrix unit's do not compare
+        return None
+    return _ratio_of_medians(before, after) if before and after else None
 
 
 def _ratio_of_medians(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:

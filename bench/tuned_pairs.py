@@ -40,8 +40,9 @@ def main() -> None:
     options = parser.parse_args()
     end = time.monotonic() + options.wall
     ratios: list[tuple[float, float]] = []
+    models: dict[int, Any] = {}
     for block in range(options.loads):
-        models = {}
+        models.clear()  # before the next two take their memory
         for which in (0, 1) if block % 2 else (1, 0):
             os.environ["EDGEFORMER_CACHE_DIR"] = str(options.folders[which])
             recorded.forget()
