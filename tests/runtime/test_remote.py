@@ -174,7 +174,7 @@ def tracker_with(start: Any, devices: int, key: str) -> tuple[str, list[Place]]:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that runs `edgeformer tune` in this process, with a cache folder of its own."""
     monkeypatch.setenv("EDGEFORMER_CACHE_DIR", str(tmp_path / "here"))
-    monkeypatch.setattr("edgeformer.compiler.tuner.PATIENCE", 2)  # ends a search, whatever the machine
+    monkeypatch.setattr("edgeformer.compiler.tuner.PATIENCE", 1)  # ends a search, whatever the machine
     return lambda *arguments: CliRunner().invoke(app, ["tune", *map(str, arguments)])
 
 

@@ -23,6 +23,7 @@ from .conftest import Problem, bound, check, make_problem
 
 HERE = [*(name for name, needed in ISA_FEATURES if needed <= detect().features), "portable16"]
 UNITS = [isa for isa in HERE if isa in MATRIX]
+REAL = [isa for isa in UNITS if not isa.startswith("portable")]
 # (batch, Tq, Tk): one and several tiles of queries and of keys, more queries than keys.
 SHAPES = [(1, 1, 1), (2, 17, 17), (5, 1, 300), (2, 33, 70), (3, 70, 33), (1, 12, 4), (1, 300, 300)]
 SHAPES += [(2, 130, 513)]
@@ -47,7 +48,7 @@ SPECS = [
 ]
 POISONED = [SPECS[0], SPECS[2], SPECS[5], SPECS[8], SPECS[9]]
 everywhere = pytest.mark.parametrize("isa", UNITS)
-# All on the first unit, on the second a few: the rest is slow, since it compiles.
+# All on a real unit, a few where plain vectors stand for one: the rest is slow, since it compiles.
 elsewhere_slow = pytest.mark.parametrize(
     "isa", [UNITS[0], *(pytest.param(isa, marks=pytest.mark.slow) for isa in UNITS[1:])]
 )
@@ -58,7 +59,8 @@ def each(*specs: AttentionSpec) -> pytest.MarkDecorator:
     found = []
     for isa in UNITS:
         for spec in specs:
-            many = isa != UNITS[0] and spec not in (SPECS[0], SPECS[5])
+            few = (SPECS[0], SPECS[5]) if isa != UNITS[0] else (SPECS[0], SPECS[2], SPECS[5], SPECS[8])
+            many = isa not in REAL and spec not in few
             name = f"{isa}-{spec.key().replace(' ', '-')}"
             found.append(pytest.param(isa, spec, marks=[pytest.mark.slow] * many, id=name))
     return pytest.mark.parametrize(("isa", "spec"), found)
