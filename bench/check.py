@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .probes import loops_of
 from .provenance import governor
 
 IDLE_WINDOW = 0.4  # seconds
@@ -108,11 +109,11 @@ TURN_SECONDS = 0.02  # of each limit between two turns, one call at least
 TURN_ROUNDS = 2000  # of a loop on registers: a quarter of a millisecond
 
 
-def turn_limits(threads: int) -> dict[str, float]:
+def turn_limits(threads: int, target: str = "auto") -> dict[str, float]:
     """Return the machine's limits at this moment, the best of a short while.
 
     "memory" in bytes a second; "int8", "float" and, of a matrix unit, "bfloat16" in operations a second, by
-    the loops of `measure_limits`; without these loops torch reads memory, and that is all.
+    the loops of `measure_limits`, of `target`; without these loops torch reads memory, and that is all.
     """
     from ..compiler.errors import BuildError
     from ..runtime import probes as native
@@ -121,7 +122,8 @@ def turn_limits(threads: int) -> dict[str, float]:
     set_threads(threads)
     data = _memory()
     try:
-        read, loops = native.reader(threads), native.rounds(threads, TURN_ROUNDS)
+        with loops_of(target):
+            read, loops = native.reader(threads), native.rounds(threads, TURN_ROUNDS)
     except BuildError:
         return {"memory": _best_rate(data.sum, data.nbytes)}
     found = {"memory": _best_rate(lambda: read(data.data_ptr(), data.nbytes), data.nbytes)}

@@ -128,7 +128,8 @@ class ModelRun:
     def _speed(self, test: Test) -> dict[str, Any]:
         """Time a test of every engine, in turns."""
         load = lambda: read_load(self.fleet.processes())  # noqa: E731
-        turns = Turns(self.fleet, test, lambda: turn_limits(self.threads), load, self.progress)
+        probe = lambda: turn_limits(self.threads, self.options.target)  # noqa: E731
+        turns = Turns(self.fleet, test, probe, load, self.progress)
         found = turns.measure(Rounds(self.options.repeats, self.options.seconds * len(self.fleet.names)))
         time.sleep(REST)
         self.check.again()

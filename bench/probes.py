@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 PROBE_BYTES = 256 << 20  # at least; and twice the last-level cache, which must not answer for the memory
@@ -39,16 +40,12 @@ class Limits:
         found = {name: now[short] for name, short in TURN_NAMES.items() if short in now}
         return replace(self, **{name: v for name, v in found.items() if getattr(self, name) is not None})
 
-    def raised(self, moments: Iterable[Mapping[str, float]]) -> Limits:
+    def raised(self, moments: Sequence[Mapping[str, float]]) -> Limits:
         """Return these limits, or what `turn_limits` told of a moment where that is higher."""
-        found = self
-        for now in moments:
-            there = found.at(now)
-            names = {
-                name: max(getattr(found, name) or 0.0, getattr(there, name) or 0.0) for name in TURN_NAMES
-            }
-            found = replace(found, **{name: value or None for name, value in names.items()})
-        return found
+        highest = {short: max(now[short] for now in moments) for short in (moments[0] if moments else ())}
+        there = self.at(highest)
+        names = {name: _higher(getattr(self, name), getattr(there, name)) for name in TURN_NAMES}
+        return replace(self, **names)
 
     def best(self, other: Limits) -> Limits:
         """Return the higher figure of each probe of two rounds."""
@@ -75,8 +72,7 @@ def measure_limits(
     import torch
 
     from ..compiler.errors import BuildError
-    from ..compiler.target import Target, detect
-    from ..runtime import dispatch
+    from ..compiler.target import detect
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
@@ -89,19 +85,14 @@ def measure_limits(
         "copy_twice": 2 * source.nbytes / _shortest(functools.partial(copy.copy_, source), repeats),
     }
     del source, copy
-    named = None if target == "auto" else Target.parse(target)
-    if named is not None and named.arch == detect().arch:
-        dispatch.use_target(named)
     try:
-        probes["read_bandwidth"] = native.read_bandwidth(threads, probe_bytes >> 20)
-        for name in ("int8_dot_peak", "float_dot_peak", "matrix_peak"):
-            if (found := getattr(native, name)(threads)) is not None:
-                probes[name] = found
+        with loops_of(target):
+            probes["read_bandwidth"] = native.read_bandwidth(threads, probe_bytes >> 20)
+            for name in ("int8_dot_peak", "float_dot_peak", "matrix_peak"):
+                if (found := getattr(native, name)(threads)) is not None:
+                    probes[name] = found
     except BuildError as error:
         warnings.warn(f"limits are torch's only, the compiled probes were not built: {error}", stacklevel=2)
-    finally:
-        if named is not None:
-            dispatch.use_target(None)
     readers = ("torch_sum", "copy_twice", "read_bandwidth")
     return Limits(
         threads=threads,
@@ -111,6 +102,23 @@ def measure_limits(
         matrix_peak=probes.get("matrix_peak"),
         probes=probes,
     )
+
+
+@contextlib.contextmanager
+def loops_of(target: str) -> Iterator[None]:
+    """Let compiled loops use the instructions of `target` where it is a CPU of this host's kind."""
+    from ..compiler.target import Target, detect
+    from ..runtime import dispatch
+
+    named = None if target == "auto" else Target.parse(target)
+    if named is None or named.arch != detect().arch:
+        yield
+        return
+    dispatch.use_target(named)
+    try:
+        yield
+    finally:
+        dispatch.use_target(None)
 
 
 def _shortest(call: Callable[[], object], repeats: int) -> float:

@@ -25,7 +25,7 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 100
 AIM = 0.015  # half of the interval over the ratio: then there are pairs enough
 # What a test waits for: a decode step for memory, whatever a matrix unit does meanwhile; prefill for any.
-MATTERS = {"tg": ("memory", "float", "compute")}
+MATTERS = {"tg": ("memory", "float")}
 
 Probe = Callable[[], dict[str, float]]
 

@@ -156,7 +156,7 @@ def pretend(
     def probe(threads: int) -> dict[str, float]:
         return {"compute": following(probe_speeds), "memory": 50.0}
 
-    def turn_limits(threads: int) -> dict[str, float]:
+    def turn_limits(threads: int, target: str) -> dict[str, float]:
         part = following(pair_speeds) / 100
         return {"memory": part * LIMITS.read_bandwidth, "int8": part * 2e12} | tiles
 

@@ -40,7 +40,7 @@ KILLED = """
 
     fleet.open_engine = lambda name, *_: Deadly(name, [1.0, 2.0], log)
     model.measure_limits = lambda *_, **__: LIMITS
-    model.fixed_probe = model.turn_limits = lambda threads: {"compute": 1.0}
+    model.fixed_probe = model.turn_limits = lambda threads, *target: {"compute": 1.0}
     options = Options(prompt=(8,), generate=(16,), peers=("llama.cpp",), threads=(2,), repeats=3, ttft=False,
                       quality_tokens=0, resume=True)
     rows = model.bench(pathlib.Path(sys.argv[1]), options)

@@ -12,7 +12,7 @@ import pytest
 
 from edgeformer.bench import check as device_check
 from edgeformer.bench.check import DeviceCheck, Load, read_load, sample_warnings, throttles
-from edgeformer.compiler.target import available_cores
+from edgeformer.compiler.target import available_cores, detect
 
 
 def loads(monkeypatch: pytest.MonkeyPatch, *found: Load) -> None:
@@ -116,3 +116,20 @@ def test_our_own_engines_are_no_load():
 def test_the_fixed_probe_runs():
     found = device_check.fixed_probe(1, repeats=1)
     assert found["compute"] > 0 and found["memory"] > 0
+
+
+@pytest.mark.skipif(detect().arch != "x86_64", reason="the other target is an x86")
+def test_limits_between_turns_are_the_targets(monkeypatch: pytest.MonkeyPatch):
+    """A bench of another instruction set has that one's peaks beside each turn, not the host's."""
+    from edgeformer.runtime import dispatch, probes
+
+    seen: list[str] = []
+    given = probes.rounds
+    monkeypatch.setattr(
+        probes, "rounds", lambda *of: (seen.append(dispatch.current_target().isa), given(*of))[1]
+    )
+    monkeypatch.setattr(device_check, "TURN_SECONDS", 0.0)
+    found = device_check.turn_limits(1, "x86-64-v2")
+    assert {"memory", "int8", "float"} <= found.keys()
+    device_check.turn_limits(1)
+    assert seen == ["portable", dispatch.current_target().isa]

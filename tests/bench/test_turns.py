@@ -87,7 +87,7 @@ def test_the_best_limit_of_a_run_is_that_of_all_its_probes(pretend: Any, pair_sp
 def test_a_matrix_unit_that_jumps_disturbs_prompts_alone(pretend: Any, monkeypatch: pytest.MonkeyPatch):
     speeds = [1.0, 4.0] * 100
 
-    def jumping(threads: int) -> dict[str, float]:
+    def jumping(threads: int, target: str) -> dict[str, float]:
         return {"memory": 5e10, "int8": 2e12, "bfloat16": speeds.pop() * 1e12}
 
     monkeypatch.setattr("edgeformer.bench.model.turn_limits", jumping)
