@@ -9,6 +9,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# One process a core (each takes 1 to 2 GB), a file's tests in one; TEST_JOBS= runs all in one process.
+TEST_JOBS ?= -n logical --maxprocesses 4 --dist loadfile
 PROMPT ?= What is the capital of France?
 # With int8 activations this model's two likeliest first words are a near tie, and the other one wins (in
 # llama.cpp too); float activations keep the order of the full-precision model.
@@ -43,11 +45,11 @@ demo: $(DEMO_READY)
 	$(BIN)/edgeformer run "$(MODEL)" -p "$(PROMPT)" --max-tokens 64 --report $(DEMO_ARGS)
 
 test: $(DEV_READY)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_JOBS) -m "not slow" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TEST_JOBS) tests/triton $(PYTEST_ARGS)
 
 test-all: $(DEV_READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_JOBS) $(PYTEST_ARGS)
 
 # Tuning's journal, records and child processes under kills, damage and crowds, for long.
 torture: $(DEV_READY)

@@ -47,6 +47,8 @@ def guarded_memory() -> GuardedMemory:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Where many kernels are missing that the chosen tests will bind, every core builds some first."""
+    if hasattr(session.config, "workerinput"):  # one of pytest-xdist's workers: they keep every core busy
+        return
     builds = tvm_llvm.available() is None and tvm_llvm.linker(detect()) is not None
     if builds and not session.config.option.collectonly:
         prebuild.build_all(list(dict.fromkeys(filter(None, map(_missing, session.items)))))
