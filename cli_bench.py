@@ -52,7 +52,7 @@ def bench_model(
     ttft: Annotated[bool, typer.Option(help="Time to the first token, warm and of a new process.")] = True,
     quality_tokens: Annotated[int, typer.Option(min=0, help="Of text compared with fp32; 0: none.")] = 1024,
     watts: Annotated[
-        float | None, typer.Option(help="The package's power, to estimate energy without a counter.")
+        float | None, typer.Option(help="The device's power, to estimate energy without a counter.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds of silence before a peer hangs.")] = 300.0,
     profile: Annotated[

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..compiler.errors import EdgeFormerError, UnsupportedError
-from .energy import Clock
+from .energy import Clock, Meter
 from .work import Test, Work
 
 TRIALS, TRIAL_SECONDS = 2, 6.0  # rounds behind the warm-up to find the best setting; at most so long
@@ -327,7 +327,10 @@ def serve(make: Callable[[str], Runner]) -> None:
 def _answer(runner: Runner, question: dict[str, Any], clock: Clock) -> dict[str, Any]:
     do = question.pop("do")
     if do == "load":
-        return {**runner.load(**question), "energy_source": clock.meter.source}
+        about = runner.load(**question)
+        if gpu := about.get("gpu"):
+            clock.meter = Meter(gpu=gpu)
+        return {**about, "energy_source": clock.meter.source}
     setting = question.pop("setting", None)
     if do == "time":
         runner.time(Test(**question["test"]), setting, clock)

@@ -1,7 +1,8 @@
-"""Energy of a piece of work: the package's own counter, or why there is none. Never zero by default."""
+"""Energy of a piece of work: the device's own counters, or why there are none. Never zero by default."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,34 +10,58 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
+DRM = Path("/sys/class/drm")
 
 
 @dataclass(frozen=True)
 class Counter:
-    """One RAPL domain: microjoules since some time, which start again at 0 behind `wrap`."""
+    """A counter in a file: microjoules since some time, which start again at 0 behind `wrap`."""
 
     path: Path
     name: str
-    wrap: int
+    wrap: int = 0
 
     def read(self) -> int:
         """Return the counter in microjoules; OSError where this user may not."""
-        return int((self.path / "energy_uj").read_text())
+        return int(self.path.read_text())
+
+
+@dataclass(frozen=True)
+class NvmlCounter:
+    """An NVIDIA GPU's counter, which is one of NVML's (millijoules since the driver was loaded; Volta on)."""
+
+    handle: Any
+    name: str
+    wrap: int = 0
+
+    def read(self) -> int:
+        """Return the counter in microjoules; OSError where the GPU has none."""
+        import pynvml
+
+        try:
+            return 1000 * int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML on {self.name}: {error}") from None
 
 
 class Meter:
-    """Reads the energy of all packages and of memory where that is a domain of its own.
+    """Reads the energy of all packages, of memory where that is a domain of its own, and of a GPU by name.
 
-    `status` is "measured" or "unavailable", `source` says by what, or why not.
+    `status` is "measured" or "unavailable", `source` says by what, or why not. Work on a GPU is not measured
+    by its host's counters alone.
     """
 
-    def __init__(self, root: Path = POWERCAP) -> None:
-        self.counters: list[Counter] = []
+    def __init__(self, root: Path = POWERCAP, gpu: str = "", drm: Path = DRM) -> None:
+        self.counters: list[Counter | NvmlCounter] = []
         self.status, self.source = "unavailable", ""
         try:
-            self.counters = _counters(root)
-            for counter in self.counters:
+            found = _gpu_counters(gpu, drm) if gpu else []
+            if gpu and not found:
+                self.source = _no_gpu_counter(gpu, drm)
+                return
+            for counter in [*found, *_packages(root)]:
                 counter.read()
+                self.counters.append(counter)
         except PermissionError as error:
             self.counters = []
             self.source = f"no permission to read {error.filename}: run as root, or let it be readable"
@@ -49,7 +74,7 @@ class Meter:
             self.source = f"no energy counter: {root} has no RAPL package (usual inside a virtual machine)"
             return
         self.status = "measured"
-        self.source = "RAPL " + ", ".join(counter.name for counter in self.counters)
+        self.source = ", ".join(counter.name for counter in self.counters)
 
     def read(self) -> list[int] | None:
         """Return every counter, None where there is none."""
@@ -68,13 +93,51 @@ class Meter:
         return total / 1e6
 
 
-def _counters(root: Path) -> list[Counter]:
+def _packages(root: Path) -> list[Counter]:
     found = []
     for path in sorted(root.glob("intel-rapl:*")):  # AMD's counters have the same name
         name = (path / "name").read_text().strip()
         if name.startswith("package") or name == "dram":
-            found.append(Counter(path, name, int((path / "max_energy_range_uj").read_text())))
+            wrap = int((path / "max_energy_range_uj").read_text())
+            found.append(Counter(path / "energy_uj", f"RAPL {name}", wrap))
     return found
+
+
+def _gpu_counters(name: str, drm: Path) -> list[Counter | NvmlCounter]:
+    """Return the counters of the GPUs of this name; several alike cannot be told apart, and all count."""
+    if "nvidia" in name.lower():
+        return [*_nvml_counters(name)]
+    if "intel" not in name.lower():
+        return []
+    files = sorted(drm.glob("card*/device/hwmon/hwmon*/energy1_input"))  # i915, xe: of the whole card
+    return [Counter(path, f"{(path.parent / 'name').read_text().strip()} of {name}") for path in files]
+
+
+def _nvml_counters(name: str) -> list[NvmlCounter]:
+    if importlib.util.find_spec("pynvml") is None:
+        return []
+    import pynvml
+
+    found = []
+    try:
+        pynvml.nvmlInit()
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+            about = pynvml.nvmlDeviceGetName(handle)
+            about = about.decode() if isinstance(about, bytes) else about  # before nvidia-ml-py 12
+            if about == name:
+                found.append(NvmlCounter(handle, f"NVML of {name}"))
+    except pynvml.NVMLError as error:
+        raise OSError(f"NVML: {error}") from None
+    return found
+
+
+def _no_gpu_counter(name: str, drm: Path) -> str:
+    if "nvidia" in name.lower():
+        return f"no energy counter of {name}: it is read through NVML, pip install 'edgeformer[energy]'"
+    if "intel" in name.lower():
+        return f"no energy counter of {name}: {drm} has no card with energy1_input"
+    return f"no energy counter of {name}: its driver has none that is known here"
 
 
 class Clock:

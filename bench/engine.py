@@ -6,12 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .child import ChildEngine, EngineKind, Patience, Shape, serve
 from .device import versions
 from .energy import Clock
 from .work import Test, work_of_model
+
+if TYPE_CHECKING:
+    from ..compiler.target import Target
 
 EDGEFORMER = EngineKind(
     name="edgeformer", module=__name__, package="edgeformer", install="pip install edgeformer",
@@ -52,6 +55,7 @@ class EdgeFormerRunner:
         self.threads = threads
         self.model = load(self.path, context=context, threads=threads, **options)
         declined = self.model.whole_step_declined
+        gpu = _gpu_of(self.model.target)
         return {
             "version": versions().get("edgeformer", "source"),
             "target": self.model.target.name,
@@ -60,6 +64,7 @@ class EdgeFormerRunner:
             "whole_step_declined": declined,
             "work": asdict(work_of_model(self.model)),
             "fixed": {**options, "whole_step": not declined},
+            **({"gpu": gpu} if gpu else {}),
         }
 
     def time(self, test: Test, setting: Any, clock: Clock) -> None:
@@ -120,6 +125,16 @@ class EdgeFormerRunner:
 
         set_threads(self.threads)
         self.model.reset()
+
+
+def _gpu_of(target: Target) -> str:
+    """Return the name of the GPU that a target is, as its driver tells it, or ""."""
+    if target.arch != "opencl":
+        return ""
+    from ..compiler.backends.opencl_device import select
+
+    _, limits = select(target.name)
+    return "" if "CPU" in limits.kind else limits.name
 
 
 def _random_ids(model: Any, batch: int, count: int) -> Any:

@@ -19,7 +19,7 @@ class Options:
 
     `scenarios` are queries of prompt[0] and generate[0] tokens; `quality_tokens` of text are compared with
     fp32 (0: not); `ttft` measures the time to the first token, also of a new process.
-    `watts` stands for the package's power where it has no counter. `timeout`: seconds of a child's silence.
+    `watts` stands for the device's power where it has no counter. `timeout`: seconds of a child's silence.
     """
 
     prompt: tuple[int, ...] = (512,)

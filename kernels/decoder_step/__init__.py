@@ -8,7 +8,7 @@ from ...compiler.operator import Declined, Form, Sizes, Tuning
 from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..quant_matmul.space import prefetch_axes, prefetch_constraints
+from ..quant_matmul.space import int8_prefetch_axis, prefetch_axes, prefetch_constraints
 from ..shared.isa.table import MATRIX, TABLE
 from .spec import (
     LAYER_CACHES,
@@ -55,7 +55,7 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         Axis("small_rows", (small,)),  # the arena's layout depends on it
         Axis("chunk", kv["chunk"], decode),
         Axis("kv_prefetch", kv["prefetch"], decode),
-        *prefetch_axes(target, decode),
+        *_prefetch_axes(spec, target),
         Axis("large_rows", large, prefill if spec.activation != "bfloat16" else ("none",)),
         Axis("block_q", kv["block_q"], prefill),
         Axis("block_k", kv["block_k"], prefill),
@@ -69,6 +69,13 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         ),
     )
     return Space(axes, constraints)
+
+
+def _prefetch_axes(spec: DecoderStepSpec, target: Target) -> tuple[Axis, ...]:
+    """Return the axes of all weights, and where these differ that of those of 8 bits."""
+    bits = {product.weight.bits for product in (*spec.products(), spec.matmul("head"))}
+    axes = prefetch_axes(target, (DECODE,), min(bits))
+    return (*axes, int8_prefetch_axis(target, (DECODE,))) if 8 in bits and len(bits) > 1 else axes
 
 
 def _thread_counts(cores: int) -> tuple[int, ...]:

@@ -106,7 +106,7 @@ class Step:
                     self._offer("head")
                     self._barrier()
                 self._normed_rows(k["head_norm"], self._context("head", {"w": k["head"], "y": k["logits"]}))
-                direct_share(self.current, thread, self._prefetch(), share=self._taken("head"))
+                direct_share(self.current, thread, self._prefetch("head"), share=self._taken("head"))
         return self.kernel.finish()
 
     def _layers(self) -> None:
@@ -154,7 +154,7 @@ class Step:
         for kind in self._kinds(at, "gate_up"):
             gate_up = self._gate_up(at, kind, k["gated"])
             self._normed_rows(tir.buffer_at(at["mlp_norm"], "float32"), gate_up)
-            direct_share(gate_up, thread, self._prefetch(), share=self._taken("gate_up"))
+            direct_share(gate_up, thread, self._prefetch("gate_up", kind), share=self._taken("gate_up"))
         self._ahead(at, "down")
         self._offer("down")
         self._barrier()
@@ -182,7 +182,8 @@ class Step:
         for name, first_head, heads in self._head_parts(kind):
             context = self._qkv(at, name, kind)
             self._normed_rows(norm, context)
-            direct_share(context, self.thread, self._prefetch(), together=spec.head_dim // BLOCK)
+            ahead = self._prefetch(name, kind)
+            direct_share(context, self.thread, ahead, together=spec.head_dim // BLOCK)
             first, last = shared_range(heads, self.thread, k["threads"])
             with tir.loop(self.m) as row:
                 self._rotate_and_append(at, row, tir.let(first + first_head), tir.let(last + first_head))
@@ -213,7 +214,7 @@ class Step:
             context = self._added_product(at, name, source, kind)
             with tir.loop(tir.let(row_tiles(context) * self.rows)) as row:
                 prepare_row(context, row)
-            direct_share(context, self.thread, self._prefetch(), share=self._taken(name))
+            direct_share(context, self.thread, self._prefetch(name, kind), share=self._taken(name))
         if self.spec.post_norms:
             self._barrier()
             first, last = shared_range(self.m, self.thread, self.kernel["threads"])
@@ -236,8 +237,8 @@ class Step:
 
     def _ahead(self, at: dict[str, Any], name: str, together: int = 1) -> None:
         """Emit prefetches of where this thread's share of a weight begins: it comes while threads wait."""
-        ahead = self._prefetch()
         for kind in self._kinds(at, name):
+            ahead = self._prefetch(name, kind)
             problem = self.spec.matmul(name, kind)
             parts = 2 if problem.pair else 1
             pieces = -(-problem.n // (parts * BLOCK * together))
@@ -351,5 +352,5 @@ class Step:
     def _barrier(self) -> None:
         wait(self.kernel["barrier"], self.kernel["threads"])
 
-    def _prefetch(self) -> Prefetch:
-        return Prefetch.of(self.configuration)
+    def _prefetch(self, name: str, kind: int = 0) -> Prefetch:
+        return Prefetch.of(self.configuration, self.spec.matmul(name, kind).weight.bits)

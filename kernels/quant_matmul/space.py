@@ -16,10 +16,13 @@ _DISTANCES = (4096, 0, 1024, 2048, 8192, 16384)
 _DISTANCES_AMX = (16384, 8192, 4096, 2048, 32768, 0)
 # On Zen 3, whose own prefetcher is good, asking for less is best: 1 KB ahead past the caches, 1.07 to 1.09x.
 _DISTANCES_ZEN3 = (1024, 0, 2048, 4096, 8192, 16384)
+# Of 8 bits, which are few instructions a byte, it is best not to ask at all.
+_DISTANCES_ZEN3_INT8 = (0, 1024, 2048, 4096, 8192, 16384)
 # And into L1 from there: spread between the loads it lets 4 bits on Emerald Rapids read at 1.0 of a bare read
 # loop, where 16 KB into L2 in a burst reach 0.87.
 _NEAR, _NEAR_AMX = (0, 2048), (4096, 0, 2048)
 _L1, _L2, _PAST = 3, 1, 0  # llvm.prefetch's localities
+SAME = "same"  # as far ahead as other weights
 # Rows of a second tile, for more rows than the small one has (0: none): it unpacks each weight once for 8
 # rows, not twice for 4. On Emerald Rapids it takes 0.75 to 0.89 of the time.
 _WIDE_ROWS = (8, 0)
@@ -45,7 +48,7 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
     entry = TABLE[target.isa]
     vectors = BLOCK // entry.lanes
     small, large = (tuple(dict.fromkeys(rows)) for rows in zip(*entry.tiles))
-    ahead = prefetch_axes(target, (GEMV, FEW))
+    ahead = prefetch_axes(target, (GEMV, FEW), spec.weight.bits)
     wide = _WIDE_ROWS if is_integer(spec) and entry.registers > 16 and entry.lanes > 8 else (0,)
     axes = (
         Axis("small_rows", small, (FEW,)),
@@ -67,11 +70,16 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
     return Space(axes, (wider, *prefetch_constraints(target)))
 
 
-def prefetch_axes(target: Target, phases: tuple[str, ...]) -> tuple[Axis, ...]:
+def _is_zen3(target: Target) -> bool:
+    return target.isa == "avx2" and target.mcpu == "znver3"
+
+
+def prefetch_axes(target: Target, phases: tuple[str, ...], bits: int = 4) -> tuple[Axis, ...]:
     """Return how many bytes ahead weights are asked for, how near the core, and from where into L1."""
     values = {"prefetch": _DISTANCES, "prefetch_locality": (_L1, _L2, _PAST), "prefetch_near": _NEAR}
-    if target.isa == "avx2" and target.mcpu == "znver3":
-        values |= {"prefetch": _DISTANCES_ZEN3, "prefetch_locality": (_PAST, _L1, _L2)}
+    if _is_zen3(target):
+        ahead = _DISTANCES_ZEN3_INT8 if bits == 8 else _DISTANCES_ZEN3
+        values |= {"prefetch": ahead, "prefetch_locality": (_PAST, _L1, _L2)}
     if target.isa == "amx":
         values = {
             "prefetch": _DISTANCES_AMX,
@@ -79,6 +87,11 @@ def prefetch_axes(target: Target, phases: tuple[str, ...]) -> tuple[Axis, ...]:
             "prefetch_near": _NEAR_AMX,
         }
     return tuple(Axis(name, options, phases) for name, options in values.items())
+
+
+def int8_prefetch_axis(target: Target, phases: tuple[str, ...]) -> Axis:
+    """Return how far ahead weights of 8 bits are asked for where others are of fewer: as those, or not."""
+    return Axis("prefetch_int8", (0, SAME) if _is_zen3(target) else (SAME, 0), phases)
 
 
 def prefetch_constraints(target: Target) -> tuple[Constraint, ...]:

@@ -28,9 +28,11 @@ class Prefetch:
     near: int = 0
 
     @staticmethod
-    def of(configuration: Mapping[str, Any]) -> Prefetch:
-        """Return what a configuration says."""
+    def of(configuration: Mapping[str, Any], bits: int = 0) -> Prefetch:
+        """Return what a configuration says, where it is about several formats for weights of so many bits."""
         names = ("prefetch", "prefetch_locality", "prefetch_near")
+        if bits == 8 and configuration.get("prefetch_int8") == 0:
+            return Prefetch()
         return Prefetch(*(int(configuration[name]) for name in names))
 
     @property
