@@ -52,7 +52,7 @@ def look_up(wanted: Wanted, records: Iterable[tuple[Record, str]]) -> list[Found
     """Return the records that fit, best first: this device, then its micro-architecture, then its ISA.
 
     On each of these exact ones stand before near ones (sizes by octaves), the user's before imported and
-    shipped ones.
+    shipped ones. A shipped one serves its micro-architecture alone: elsewhere the default knows no less.
     """
     t, device, ranked = wanted.target, fingerprint(wanted.target), []
     same = (wanted.operator, wanted.form, wanted.space, wanted.family, wanted.phase, t.isa, t.arch)
@@ -64,6 +64,8 @@ def look_up(wanted: Wanted, records: Iterable[tuple[Record, str]]) -> list[Found
         if away > _FARTHEST:
             continue
         level = 0 if record.device == device else (1 if record.mcpu == t.mcpu else 2)
+        if level == 2 and origin == "shipped":
+            continue
         where = ("", f" on {record.mcpu}", f" on {record.mcpu}, of the same instruction set")[level]
         how = "exact" if not away else "nearest: " + _sizes_text(record, wanted)
         measured = record.source != "measured"

@@ -265,7 +265,7 @@ class Step:
 
     def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         """Return a product's emission context over this thread's scratch."""
-        vectors = 32 // self.isa.lanes
+        whole = BLOCK // self.isa.lanes
         k = {
             "m": self.m,
             "threads": self.kernel["threads"],
@@ -275,9 +275,8 @@ class Step:
         }
         k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
         problem = self.spec.matmul(name, kind)
-        self.current = Context(
-            self.isa, problem, k, self.rows, vectors if self.rows == 1 else min(2, vectors)
-        )
+        vectors = whole if self.rows == 1 else min(self.isa.small_vectors, whole)
+        self.current = Context(self.isa, problem, k, self.rows, vectors)
         return self.current
 
     def _normed_rows(self, weight: Any, context: Context) -> None:

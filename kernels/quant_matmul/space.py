@@ -49,6 +49,7 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
     vectors = BLOCK // entry.lanes
     small, large = (tuple(dict.fromkeys(rows)) for rows in zip(*entry.tiles))
     ahead = prefetch_axes(target, (GEMV, FEW), spec.weight.bits)
+    small_vectors = tuple(v for v in dict.fromkeys((entry.small_vectors, 4, 2, 1)) if v <= vectors)
     wide = _WIDE_ROWS if is_integer(spec) and entry.registers > 16 and entry.lanes > 8 else (0,)
     axes = (
         Axis("small_rows", small, (FEW,)),
@@ -57,6 +58,7 @@ def space(spec: QuantMatmulSpec, target: Target) -> Space:
         *ahead,
         Axis("gemm_from", _GEMM_FROM, (FEW,)),
         Axis("gemv_vectors", tuple(v for v in (8, 4, 2, 1) if v <= vectors), (GEMV,)),
+        Axis("small_vectors", small_vectors, (FEW,)),
         Axis(
             "tile_vectors",
             (2, 1) if vectors > 1 else (1,),

@@ -41,13 +41,14 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
         return [_many("gemm", isa, spec, large, 2)]
     prefetch = Prefetch.of(configuration)
     most = BLOCK // isa.lanes
-    single, tile = (min(int(configuration[name]), most) for name in ("gemv_vectors", "tile_vectors"))
+    names = ("gemv_vectors", "small_vectors", "tile_vectors")
+    single, few, many = (min(int(configuration[name]), most) for name in names)
     wide = int(configuration["wide_rows"])
     return [
         _direct("gemv", isa, spec, 1, single, prefetch),
-        _direct("rows", isa, spec, int(configuration["small_rows"]), tile, prefetch),
-        *([_direct("wide", isa, spec, wide, tile, prefetch)] if wide else []),
-        _many("gemm", isa, spec, large, tile),
+        _direct("rows", isa, spec, int(configuration["small_rows"]), few, prefetch),
+        *([_direct("wide", isa, spec, wide, few, prefetch)] if wide else []),
+        _many("gemm", isa, spec, large, many),
     ]
 
 
@@ -98,7 +99,8 @@ def direct_share(c: Context, thread: Any, prefetch: Prefetch, together: int = 1,
 
     `share` is a context that emits the loop over the column blocks, where it is not a contiguous range.
     """
-    kernel = c.kernel
+    kernel, once = c.kernel, c.rows == 1 and c.vectors * c.isa.lanes == BLOCK
+    prefetch = prefetch if once else prefetch.kept()
 
     def compute(stream: Stream, tile: Tile, first: int, row0: Any) -> None:
         if c.integer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..shared import tir
@@ -13,7 +13,7 @@ from ..shared.tir import T
 from .packing import BLOCK, Geometry
 from .spec import QuantMatmulSpec
 
-_L1 = 3  # llvm.prefetch's locality
+_L1, _L2, _PAST = 3, 1, 0  # llvm.prefetch's localities
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Prefetch:
         if bits == 8 and configuration.get("prefetch_int8") == 0:
             return Prefetch()
         return Prefetch(*(int(configuration[name]) for name in names))
+
+    def kept(self) -> Prefetch:
+        """Return the same for bytes that are read more than once: past the caches they would come twice."""
+        return replace(self, locality=_L2) if self.locality == _PAST else self
 
     @property
     def levels(self) -> list[tuple[int, int]]:

@@ -93,7 +93,7 @@ class SparseMlp:
     def __init__(self, name: str, spec: SparseMlpSpec, isa: Isa, rows: int, prefetch: Prefetch) -> None:
         self.name, self.spec, self.isa, self.rows, self.prefetch = name, spec, isa, rows, prefetch
         self.per_block = spec.block // BLOCK
-        self.vectors = BLOCK // isa.lanes if rows == 1 else min(2, BLOCK // isa.lanes)
+        self.vectors = BLOCK // isa.lanes if rows == 1 else min(isa.small_vectors, BLOCK // isa.lanes)
         self.may_fuse = rows == 1 and spec.select == "threshold"
 
     def emit(self) -> Any:

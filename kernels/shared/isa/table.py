@@ -20,10 +20,10 @@ class Isa:
     as unsigned (code + 128) or signed bytes; where signed, dot4 takes codes up to 127 only, and `pairs` says
     that many rows are multiplied as int16 pairs by dot2. `gemm_rows` is the number of rows of a register
     tile that is two vectors wide; `tiles` are the (small, large) numbers of rows of a product's tiles, the
-    default first. With `words` > 1 a dot product takes an element of a vector of so many activation words.
-    With `squares`, `square(acc, w, a, unsigned)` multiplies 2 columns and 2 rows over 8 values of K (see
-    neon_i8mm.py), for the products of many rows. `matrix_module` names the file of a bf16 matrix unit's tile
-    operations (see amx.py).
+    default first, `small_vectors` the vectors that a small one is wide. With `words` > 1 a dot product takes
+    an element of a vector of so many activation words. With `squares`, `square(acc, w, a, unsigned)`
+    multiplies 2 columns and 2 rows over 8 values of K (see neon_i8mm.py), for the products of many rows.
+    `matrix_module` names the file of a bf16 matrix unit's tile operations (see amx.py).
     """
 
     name: str
@@ -38,6 +38,7 @@ class Isa:
     matrix_module: str = ""
     words: int = 1
     squares: bool = False
+    small_vectors: int = 2
 
     @property
     def emit(self) -> Any:
@@ -82,6 +83,8 @@ class Isa:
 
 _WIDE = ((4, 12), (4, 8), (8, 12))
 _NARROW = ((4, 4), (4, 6), (2, 4), (2, 6))
+# A small tile takes a block's 32 columns at once: in two passes its bytes would come from memory twice.
+_NARROW_WHOLE = ((2, 4), (2, 6), (4, 4), (4, 6))
 _ARM = ((4, 8), (4, 4), (2, 8))
 
 _ENTRIES = (
@@ -89,7 +92,7 @@ _ENTRIES = (
     Isa("avx512_vnni", 16, 32, 1, "unsigned", 12, _WIDE, "avx512_vnni"),
     Isa("avx512", 16, 32, 2, "signed", 12, _WIDE, "avx512", pairs=True),
     Isa("avx_vnni", 8, 16, 1, "unsigned", 6, _NARROW, "avx_vnni"),
-    Isa("avx2", 8, 16, 2, "signed", 6, _NARROW, "avx2", pairs=True),
+    Isa("avx2", 8, 16, 2, "signed", 6, _NARROW_WHOLE, "avx2", pairs=True, small_vectors=4),
     Isa("i8mm", 4, 32, 1, "signed", 8, _ARM, "neon_i8mm", words=4, squares=True),
     Isa("dotprod", 4, 32, 1, "signed", 8, _ARM, "neon_dotprod", words=4),
     Isa("neon", 4, 32, 4, "signed", 8, _ARM, "neon"),

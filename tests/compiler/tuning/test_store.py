@@ -292,9 +292,11 @@ def test_look_up_is_exact_then_nearest_and_never_crosses() -> None:
     assert [f.how for f in found] == ["exact", "nearest: m=16"]
     elsewhere = record(sizes=exact.sizes, device="another box")
     stranger = record(sizes=exact.sizes, device="x", mcpu="znver4")
-    found = look_up(base, [(r, "shipped") for r in (stranger, elsewhere, near)])
+    found = look_up(base, [(r, "imported") for r in (stranger, elsewhere, near)])
     assert [f.record for f in found] == [near, elsewhere, stranger]
     assert "on znver5" in found[1].how and "instruction set" in found[2].how
+    found = look_up(base, [(r, "shipped") for r in (stranger, elsewhere, near)])
+    assert [f.record for f in found] == [near, elsewhere], "a shipped record is of its micro-architecture"
     two = look_up(base, [(exact, "shipped"), (record(sizes=exact.sizes, threads=4), "yours")])
     assert [f.record.threads for f in two] == [2, 4] and "threads=4" in two[1].how
     assert [bucket(m) for m in (0, 1, 2, 3, 8, 9, 15, 16, 1000)] == [1, 1, 2, 2, 8, 8, 8, 16, 512]

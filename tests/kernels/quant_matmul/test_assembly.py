@@ -62,12 +62,14 @@ def test_hot_loop(target: str, fmt: str, function: str) -> None:
     found, loops = blocks(assembly(Target.parse(target), FORMATS[fmt], function))
     stepping = [block for block in loops if dots(block) >= 8]
     # A loop over the steps of a group must not touch the stack. Where a whole group is one line of code
-    # (GEMV), some values may be saved around it.
+    # (GEMV), some values may be saved around it. Two rows of a whole block are eight of AVX2's 16 registers,
+    # a step's codes four to eight: some accumulators stay in L1, and it is still the faster tile.
     hot = max(stepping or found, key=dots)
     assert dots(hot) >= 8, f"no loop holds {mnemonic}"
     assert stepping or function == "gemv", "the steps of a group are no loop of their own"
     stack = [line for line in hot if "(%rsp" in line]
-    few = len(hot) // 16 if function == "gemv" else 0
+    share = {"gemv": 16, "rows": 8 if target == "znver3" else 0}.get(function, 0)
+    few = len(hot) // share if share else 0
     assert len(stack) <= few, f"{len(stack)} of {len(hot)} instructions use the stack: {stack[:4]}"
 
 

@@ -195,7 +195,7 @@ def test_every_tile_of_the_space_is_right() -> None:
     packed = pack(weight, target)
     space = TVM_CPU.space(spec, target)
     assert isinstance(space, Space)
-    changing = ("small_rows", "large_rows", "gemv_vectors", "tile_vectors")
+    changing = ("small_rows", "large_rows", "gemv_vectors", "small_vectors", "tile_vectors")
     shapes = {axis.name: axis.values for axis in space.axes if axis.name in changing}
     for turn in range(max(map(len, shapes.values()))):  # every value of every axis once
         configuration = space[0] | {name: values[turn % len(values)] for name, values in shapes.items()}
