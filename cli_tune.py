@@ -312,7 +312,8 @@ def cache_export(
     to: Annotated[Path, typer.Option("--to", help="A folder.", show_default=False)],
     operator: Annotated[str, typer.Option(help="Only this operator's.")] = "",
     better: Annotated[
-        bool, typer.Option("--better", help="Only what beats the default by more than its spread.")
+        bool,
+        typer.Option("--better", help="Only what beats the default by more than its spread, and neighbours."),
     ] = False,
 ) -> None:
     """Write your records to FOLDER/<micro-architecture>/<operator>.json, for review and for others."""

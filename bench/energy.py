@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -36,8 +37,7 @@ class NvmlCounter:
 
     def read(self) -> int:
         """Return the counter in microjoules; OSError where the GPU has none."""
-        import pynvml
-
+        pynvml: Any = importlib.import_module("pynvml")
         try:
             return 1000 * int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except pynvml.NVMLError as error:
@@ -116,8 +116,7 @@ def _gpu_counters(name: str, drm: Path) -> list[Counter | NvmlCounter]:
 def _nvml_counters(name: str) -> list[NvmlCounter]:
     if importlib.util.find_spec("pynvml") is None:
         return []
-    import pynvml
-
+    pynvml: Any = importlib.import_module("pynvml")
     found = []
     try:
         pynvml.nvmlInit()

@@ -37,6 +37,8 @@ def section(results: Sequence[Results]) -> str:
         devices.setdefault(result.fingerprint or result.device, []).append(result)
     parts = [_device(found) for found in devices.values()]
     plots = " ".join(f"![{name} speed beside peers](docs/bench/{name}.png)" for name in PLOTS)
+    if len(devices) > 1:
+        parts.append(f"The plots are of the {result_name(results[0].rows[0].get('device', {}))}:")
     return "\n\n".join([*parts, plots])
 
 
@@ -64,7 +66,8 @@ def _quality(results: Sequence[Results]) -> str:
     for row in (r for result in results for r in result.rows):
         judged = row.get("quality") or {}
         if judged.get("status") == "measured":
-            text = f"{row['engine']} {judged['mean_kl']:.2g} ({judged['top1_agreement']:.1%})"
+            # Of an engine that is the reference itself, rounding may leave it below 0.
+            text = f"{row['engine']} {max(judged['mean_kl'], 0.0):.2g} ({judged['top1_agreement']:.1%})"
             found.setdefault(row["engine"], text)
     return (
         f"Mean KL to fp32 (how often the likeliest token agrees): {', '.join(found.values())}."

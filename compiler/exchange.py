@@ -20,13 +20,16 @@ def export(
 ) -> tuple[int, int]:
     """Write the user's records to `folder`/<mcpu>/<operator>.json; return (records, files).
 
-    With `better` only those that beat the default by more than their spread: what is worth shipping.
+    With `better` only those that beat the default by more than their spread, and their neighbours of the same
+    family and phase, where the default stands and the nearest record should say so: what is worth shipping.
 
     Raises CapacityError where the folder cannot be written.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record, origin in (store or RecordStore()).all():
-        if origin == "yours" and operator in ("", record.operator) and (not better or is_better(record)):
+    own = [record for record, origin in (store or RecordStore()).all() if origin == "yours"]
+    winners = {_neighbours(record) for record in own if is_better(record)}
+    for record in own:
+        if operator in ("", record.operator) and (not better or _neighbours(record) in winners):
             groups[record.mcpu, record.operator].append(record)
     for (mcpu, name), records in groups.items():
         records.sort(key=lambda record: (record.family, record.phase, sorted(record.sizes.items())))
@@ -38,6 +41,12 @@ def export(
         except OSError as error:
             raise CapacityError(f"{folder} cannot be written: {error}") from error
     return sum(map(len, groups.values())), len(groups)
+
+
+def _neighbours(record: Record) -> tuple[str, ...]:
+    """Return what records that serve each other's sizes have in common."""
+    r = record
+    return r.operator, r.form, r.space, r.family, r.phase, r.device, r.mcpu, r.isa, r.arch
 
 
 def is_better(record: Record) -> bool:

@@ -275,6 +275,9 @@ def test_what_beats_the_default_by_more_than_its_spread_can_be_exported_alone(
     assert export(tmp_path / "better", store=folder.records, better=True) == (1, 1)
     text = (tmp_path / "better" / "znver5" / "matmul.json").read_text()
     assert [entry["family"] for entry in json.loads(text)["records"]] == ["win"]
+    # Another size of the family, where the default stands: without it the winner would be the nearest there.
+    folder.records.put(record(family="win", seconds=1.0, sizes={"n": 64, "k": 64, "m": 64}, **given))
+    assert export(tmp_path / "both", store=folder.records, better=True) == (2, 1)
 
 
 def test_look_up_is_exact_then_nearest_and_never_crosses() -> None:
