@@ -14,7 +14,7 @@ import typer
 
 from ..compiler.errors import FormatError
 from .result_files import Results, engines, read_all
-from .table import is_shown, markdown_table, of_limit, paired_ratio
+from .table import is_shown, markdown_table, mean_kl, of_limit, paired_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- bench: made by `python -m edgeformer.bench.readme` from bench/results; do not edit -->"
@@ -66,8 +66,7 @@ def _quality(results: Sequence[Results]) -> str:
     for row in (r for result in results for r in result.rows):
         judged = row.get("quality") or {}
         if judged.get("status") == "measured":
-            # Of an engine that is the reference itself, rounding may leave it below 0.
-            text = f"{row['engine']} {max(judged['mean_kl'], 0.0):.2g} ({judged['top1_agreement']:.1%})"
+            text = f"{row['engine']} {mean_kl(judged)} ({judged['top1_agreement']:.1%})"
             found.setdefault(row["engine"], text)
     return (
         f"Mean KL to fp32 (how often the likeliest token agrees): {', '.join(found.values())}."

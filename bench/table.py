@@ -145,8 +145,12 @@ def quality_texts(judged: dict[str, Any]) -> list[str]:
     if judged.get("status") != "measured":
         return ["n/a", "n/a", "n/a"]
     change = judged["perplexity"] / judged["reference_perplexity"] - 1
-    return [f"{judged['perplexity']:.2f} ({change:+.2%})", f"{judged['mean_kl']:.2g}",
-            f"{judged['top1_agreement']:.1%}"]  # fmt: skip
+    return [f"{judged['perplexity']:.2f} ({change:+.2%})", mean_kl(judged), f"{judged['top1_agreement']:.1%}"]
+
+
+def mean_kl(judged: dict[str, Any]) -> str:
+    """Return the mean KL divergence; of the reference itself, rounding may leave it a little below 0."""
+    return f"{max(judged['mean_kl'], 0.0):.2g}"
 
 
 def _seconds(value: float | None) -> str:
