@@ -21,6 +21,7 @@ from .weight_format import CanonicalWeight
 _SWITCH = 32  # rows from which every configuration runs panels
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-8 + 1e-5, "float16": 2**-11 + 1e-5}  # half a unit of y
 _CHECKED_ROWS = 48  # of many rows: their references are computed for so many
+_SCALES = (1.0, 1e-4, 10.0)  # of the rows in turn: what is left of other values shows beside small ones
 _DRAWS = 6  # rows a seed of a product of one: an error in half of a group shows in half of the draws
 _COLUMNS = 1024  # of W that the reference takes at a time
 
@@ -91,7 +92,8 @@ class _Case:
         if (m, seed) not in self._rows:
             spec, generator = self.spec, torch.Generator().manual_seed(seed * 7919 + m)
             dtype = getattr(torch, spec.x_dtype)
-            x = torch.randn(m, spec.k, generator=generator).to(dtype)
+            scales = torch.tensor(_SCALES)[torch.arange(m) % len(_SCALES), None]
+            x = (torch.randn(m, spec.k, generator=generator) * scales).to(dtype)
             bias = torch.randn(spec.n, generator=generator) if spec.bias else None
             residual = torch.randn(m, spec.n_out, generator=generator).to(dtype) if spec.residual else None
             rows = torch.arange(m)
