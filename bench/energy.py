@@ -133,6 +133,8 @@ def _nvml_counters(name: str) -> list[NvmlCounter]:
 
 def _no_gpu_counter(name: str, drm: Path) -> str:
     if "nvidia" in name.lower():
+        if importlib.util.find_spec("pynvml") is not None:
+            return f"no energy counter of {name}: NVML lists no GPU of that name"
         return f"no energy counter of {name}: it is read through NVML, pip install 'edgeformer[energy]'"
     if "intel" in name.lower():
         return f"no energy counter of {name}: {drm} has no card with energy1_input"

@@ -21,7 +21,7 @@ _DISTANCES_ZEN3_INT8 = (0, 1024, 2048, 4096, 8192, 16384)
 # And into L1 from there: spread between the loads it lets 4 bits on Emerald Rapids read at 1.0 of a bare read
 # loop, where 16 KB into L2 in a burst reach 0.87.
 _NEAR, _NEAR_AMX = (0, 2048), (4096, 0, 2048)
-_L1, _L2, _PAST = 3, 1, 0  # llvm.prefetch's localities
+L1, L2, PAST = 3, 1, 0  # llvm.prefetch's localities
 SAME = "same"  # as far ahead as other weights
 # Rows of a second tile, for more rows than the small one has (0: none): it unpacks each weight once for 8
 # rows, not twice for 4. On Emerald Rapids it takes 0.75 to 0.89 of the time.
@@ -78,14 +78,14 @@ def _is_zen3(target: Target) -> bool:
 
 def prefetch_axes(target: Target, phases: tuple[str, ...], bits: int = 4) -> tuple[Axis, ...]:
     """Return how many bytes ahead weights are asked for, how near the core, and from where into L1."""
-    values = {"prefetch": _DISTANCES, "prefetch_locality": (_L1, _L2, _PAST), "prefetch_near": _NEAR}
+    values = {"prefetch": _DISTANCES, "prefetch_locality": (L1, L2, PAST), "prefetch_near": _NEAR}
     if _is_zen3(target):
         ahead = _DISTANCES_ZEN3_INT8 if bits == 8 else _DISTANCES_ZEN3
-        values |= {"prefetch": ahead, "prefetch_locality": (_PAST, _L1, _L2)}
+        values |= {"prefetch": ahead, "prefetch_locality": (PAST, L1, L2)}
     if target.isa == "amx":
         values = {
             "prefetch": _DISTANCES_AMX,
-            "prefetch_locality": (_L2, _L1, _PAST),
+            "prefetch_locality": (L2, L1, PAST),
             "prefetch_near": _NEAR_AMX,
         }
     return tuple(Axis(name, options, phases) for name, options in values.items())
@@ -108,7 +108,7 @@ def prefetch_constraints(target: Target) -> tuple[Constraint, ...]:
             "into L1 afterwards only what was asked into L2 before",
             lambda c: (
                 c["prefetch_near"] == 0
-                or (c["prefetch_locality"] == _L2 and c["prefetch_near"] < c["prefetch"])
+                or (c["prefetch_locality"] == L2 and c["prefetch_near"] < c["prefetch"])
             ),
         ),
     )

@@ -11,9 +11,8 @@ from ..shared import tir
 from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import BLOCK, Geometry
+from .space import L1, L2, PAST
 from .spec import QuantMatmulSpec
-
-_L1, _L2, _PAST = 3, 1, 0  # llvm.prefetch's localities
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class Prefetch:
 
     def kept(self) -> Prefetch:
         """Return the same for bytes that are read more than once: past the caches they would come twice."""
-        return replace(self, locality=_L2) if self.locality == _PAST else self
+        return replace(self, locality=L2) if self.locality == PAST else self
 
     @property
     def levels(self) -> list[tuple[int, int]]:
         """Distance and place of each prefetch of a line, the farthest first."""
         far = [(self.distance, self.locality)] if self.distance else []
-        return far + ([(self.near, _L1)] if self.near else [])
+        return far + ([(self.near, L1)] if self.near else [])
 
 
 @dataclass

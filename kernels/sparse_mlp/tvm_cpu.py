@@ -39,7 +39,7 @@ def lower(spec: SparseMlpSpec, configuration: Mapping[str, Any], target: Target)
     rows = int(configuration["small_rows"])
     return [
         SparseMlp("sparse_1", spec, isa, 1, prefetch).emit(),
-        SparseMlp("sparse_n", spec, isa, rows, prefetch).emit(),
+        SparseMlp("sparse_n", spec, isa, rows, prefetch.kept()).emit(),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_an_intel_gpu_counts_with_its_host(tmp_path: Path):
 @pytest.mark.parametrize(
     ("gpu", "told"),
     [
-        ("NVIDIA GeForce RTX 4090", "pip install 'edgeformer[energy]'"),
+        ("NVIDIA GeForce RTX 4090", "NVML lists no GPU of that name"),
         ("Intel(R) UHD Graphics 770", "energy1_input"),
         ("AMD Radeon 780M", "none that is known here"),
     ],
@@ -96,6 +97,12 @@ def test_work_on_a_gpu_without_a_counter_is_not_its_hosts(
     meter = Meter(tmp_path / "powercap", gpu, tmp_path / "drm")
     assert (meter.status, meter.read()) == ("unavailable", None)
     assert gpu in meter.source and told in meter.source
+
+
+def test_without_nvml_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'edgeformer[energy]'" in Meter(tmp_path, "NVIDIA L4").source
 
 
 def nvml(cards: dict[str, int | None]) -> types.ModuleType:
