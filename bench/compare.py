@@ -28,7 +28,7 @@ class Change:
     `of_limit` is how the part of the machine's limit changed, with bounds where both runs probed it beside
     each turn. `peer` is the engine of the same version that ran in turns with ours in both runs, `of_peer`
     how our ratio to it changed, with its bounds. A slower machine slows both, and its limits too, so the
-    verdict is about the peer's figure, else the limit's, else the speeds.
+    verdict is about the peer's figure and the limit's, which have to agree in a change, else the speeds.
     """
 
     model: str
@@ -65,11 +65,12 @@ def compare(base: Results, new: Results, threshold: float = SMALLEST_CHANGE) -> 
     """Return a Change for every test of either run, in the base's order.
 
     Where ours ran in pairs with the same peer in both runs, a change counts when the ratio to the peer has
-    changed by more than the threshold and its whole interval lies beyond 1. Else, where both runs probed the
-    limit beside each turn, the part of the limit has to do so. Else the whole interval of the ratio of speeds
-    has to lie beyond 1, and the medians to differ by more than the threshold, by more than the two spreads
-    together, and by more than what the fixed probe changed in the same direction. Between two devices nothing
-    counts as a regression: verdicts are still told.
+    changed by more than the threshold and its whole interval lies beyond 1. Where both runs probed the limit
+    beside each turn, the part of the limit has to do so, too: engines wait for different things, and a
+    machine that changed between the runs changes their ratio, but not ours to what ours waits for. Without
+    either the whole interval of the ratio of speeds has to lie beyond 1, and the medians to differ by more
+    than the threshold, by more than the two spreads together, and by more than what the fixed probe changed
+    in the same direction. Between two devices nothing counts as a regression: verdicts are still told.
     """
     old_rows = {key_of(row): row for row in base.rows}
     new_rows = {key_of(row): row for row in new.rows}
@@ -120,13 +121,18 @@ def _change(
     noise = old["spread"] / before + new["spread"] / after
     verdict = judge(ratio, low, high, noise, machine, threshold)
     found = Change(*names, before, after, ratio, low, high, machine, _limit_ratio(old, new), verdict)
+    beside: list[str] = []
     if limit := _beside_limit(old, new):
-        verdict = judge(*limit, 0.0, None, threshold)
-        found = replace(found, verdict=verdict, of_limit=limit[0], limit_low=limit[1], limit_high=limit[2])
-    for peer, part, least, most in _beside(old, new, peers):
-        verdict = judge(part, least, most, 0.0, None, threshold)
-        found = replace(found, verdict=verdict, peer=peer, of_peer=part, peer_low=least, peer_high=most)
-    return found
+        beside.append(judge(*limit, 0.0, None, threshold))
+        found = replace(found, of_limit=limit[0], limit_low=limit[1], limit_high=limit[2])
+    if nearest := _beside(old, new, peers):
+        peer, part, least, most = nearest[-1]
+        beside.append(judge(part, least, most, 0.0, None, threshold))
+        found = replace(found, peer=peer, of_peer=part, peer_low=least, peer_high=most)
+    if not beside:
+        return found
+    change = beside[-1] in ("slower", "faster")
+    return replace(found, verdict="unsure" if change and len(set(beside)) > 1 else beside[-1])
 
 
 def _beside(old: Row, new: Row, peers: Sequence[str]) -> list[tuple[str, float, float, float]]:

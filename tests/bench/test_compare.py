@@ -119,6 +119,22 @@ def test_the_part_of_the_limit_decides_where_there_is_no_peer():
     assert compare(base, other)[0].verdict == "slower"  # parts of two limits do not compare
 
 
+def test_the_peer_and_the_limit_have_to_agree_in_a_change():
+    """Two runs of one version on a machine that changed between them; then a real loss, and a real gain."""
+
+    def run(label: str, beside_peer: float, of_limit: float) -> Results:
+        found = with_pairs(label, [p * beside_peer for p in PAIRS], BASE)
+        found.rows[0]["of_limit"] = {"samples": [p * of_limit for p in PARTS]}
+        return found
+
+    base = run("a", 1.0, 1.0)
+    verdicts = {
+        (peer, limit): compare(base, run("b", peer, limit))[0].verdict
+        for peer, limit in ((0.93, 1.01), (0.9, 0.9), (1.1, 1.1), (1.1, 0.9), (1.0, 0.9))
+    }
+    assert list(verdicts.values()) == ["unsure", "slower", "faster", "unsure", "same"]
+
+
 def test_a_peer_of_another_version_is_no_measure():
     slow = [s * 0.8 for s in BASE]
     change = compare(with_pairs("a", PAIRS, BASE), with_pairs("b", PAIRS, slow, version="2"))[0]
