@@ -50,6 +50,8 @@ _LLVM_NAME = {
 # The features that choose an instruction-set entry; the first whose features are all there wins.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _AVX512_VNNI = _AVX512 | {"avx512_vnni", "f16c", "fma"}
+# Instructions of operating systems and drivers: hypervisors hide them, and no kernel contains them.
+_SYSTEM = frozenset({"cldemote", "flush_l1d", "movdir64b", "movdiri", "pku", "serialize", "waitpkg"})
 _AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16"})
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _DOTPROD = frozenset({"asimd", "asimddp"})
@@ -233,6 +235,21 @@ def _llvm_name(name: str) -> str:
     return _LLVM_NAME.get(name) or ("generic" if name.startswith("armv") else name.replace("_", "-"))
 
 
+def _micro_architecture() -> str:
+    """Return archspec's name of this host, or of a newer CPU of which only system instructions are hidden."""
+    import archspec.cpu
+
+    host, seen = archspec.cpu.host(), archspec.cpu.detect.detected_info()
+    newer = (
+        micro
+        for micro in archspec.cpu.TARGETS.values()
+        if micro.vendor == seen.vendor
+        and host in micro.ancestors
+        and frozenset() < micro.features - seen.features <= _SYSTEM
+    )
+    return max(newer, key=lambda micro: len(micro.ancestors), default=host).name
+
+
 @functools.cache
 def detect() -> Target:
     """Return this host's target (archspec, psutil; the process's affinity and cgroup limit respected)."""
@@ -242,7 +259,7 @@ def detect() -> Target:
     arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     # A virtual machine may hide a feature, so that archspec takes an older CPU with fewer features.
     features = frozenset(host.features) | _cpu_features()
-    name = host.name
+    name = _micro_architecture()
     if features >= _AMX:
         if amx_refused():
             features -= {f for f in features if f.startswith("amx")}

@@ -102,7 +102,7 @@ def test_amx_is_taken_only_where_the_kernel_grants_it(
     import archspec.cpu
 
     before = [SimpleNamespace(name="sapphirerapids")] if name == "granite_rapids" else []
-    seen = SimpleNamespace(name=name, features=features_of("sapphirerapids"), ancestors=[])
+    seen = SimpleNamespace(vendor="GenuineIntel", features=features_of("sapphirerapids"))
     host = SimpleNamespace(name=name, features=features, ancestors=before)
     monkeypatch.setattr(archspec.cpu, "host", lambda: host)
     monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: seen)
@@ -120,11 +120,46 @@ def test_the_kernel_is_not_asked_for_tiles_that_the_cpu_lacks(monkeypatch: pytes
     def asked() -> str:
         raise AssertionError("asked for tile registers")
 
-    host = SimpleNamespace(name="zen5", features=features_of("znver5"), ancestors=[])
+    host = SimpleNamespace(name="zen5", vendor="", features=features_of("znver5"), ancestors=[])
     monkeypatch.setattr(archspec.cpu, "host", lambda: host)
     monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: host)
     monkeypatch.setattr(target_module, "amx_refused", asked)
     assert detect.__wrapped__().isa == "avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("micro", "hidden", "seen_as", "want"),
+    [
+        ("zen4", {"pku", "flush_l1d"}, "x86_64_v4", "zen4"),
+        ("zen3", {"pku"}, "zen2", "zen3"),
+        ("zen4", {"avx512_vnni"}, "zen3", "zen3"),
+        ("sapphirerapids", {"cldemote", "waitpkg"}, "icelake", "sapphirerapids"),
+        ("zen4", set[str](), "zen4", "zen4"),
+    ],
+)
+def test_a_virtual_machine_may_hide_what_kernels_do_not_use(
+    micro: str, hidden: set[str], seen_as: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import archspec.cpu
+
+    whole = archspec.cpu.TARGETS[micro]
+    seen = SimpleNamespace(vendor=whole.vendor, features=whole.features - hidden)
+    monkeypatch.setattr(archspec.cpu, "host", lambda: archspec.cpu.TARGETS[seen_as])
+    monkeypatch.setattr(archspec.cpu.detect, "detected_info", lambda: seen)
+    monkeypatch.setattr(target_module, "amx_refused", lambda: "")
+    found = detect.__wrapped__()
+    assert found.name == f"host-{want}"
+    assert not found.features & hidden
+
+
+def test_system_instructions_alone_make_no_other_cpu() -> None:
+    import archspec.cpu
+
+    for micro in archspec.cpu.TARGETS.values():
+        for before in micro.parents:
+            if micro.vendor == before.vendor != "generic":
+                added = micro.features - before.features
+                assert not added or added - target_module._SYSTEM, f"{micro.name} beside {before.name}"
 
 
 def test_a_refusal_of_tiles_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
