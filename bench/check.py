@@ -144,10 +144,11 @@ def _memory() -> Any:
     """Return a buffer that the last-level cache cannot hold; the same one in every probe of a process."""
     import torch
 
+    from ..compiler.measure import EVICTING
     from ..compiler.target import available_memory, detect
 
     if not _kept:
-        size = min(max(128 << 20, 3 * detect().l3 // 2), available_memory() // 8)
+        size = min(max(128 << 20, EVICTING * detect().l3), available_memory() // 8)
         _kept.append(torch.ones(size // 4, dtype=torch.float32))
     return _kept[0]
 

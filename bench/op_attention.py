@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..compiler.measure import EVICTING
 from ..kernels.attention import AttentionSpec
 from ..kernels.attention.spec import causal_pairs
 from ..runtime import ops
@@ -27,7 +28,7 @@ def attention_problem(s: dict[str, Any], tokens: int, context: int, form: str | 
     heads, kv_heads, d = s["heads"], s["kv_heads"], s["head_dim"]
     nbytes = attention_spec(s).kv_bytes(context)
     cached = nbytes * s["layers"] <= l3
-    layers = 1 if cached else min(s["layers"], math.ceil(1.5 * l3 / nbytes))
+    layers = 1 if cached else min(s["layers"], math.ceil(EVICTING * l3 / nbytes))
     cache = KVCache(layers, 1, kv_heads, d, context)
     for i in range(layers):
         for part in (cache.layer(i).k, cache.layer(i).v):

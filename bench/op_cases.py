@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from ..compiler.errors import UnsupportedError
+from ..compiler.measure import EVICTING
 
 Call = Callable[[], Any]
 COMPARED_COLUMNS = 512  # of a product, with the reference
@@ -147,8 +148,7 @@ class _Weight:
 
         if self.cached:
             return []
-        count = math.ceil(1.5 * self.l3 / nbytes) - 1
-        return [copy.deepcopy(one) for _ in range(max(0, min(count, 200)))]
+        return [copy.deepcopy(one) for _ in range(math.ceil(EVICTING * self.l3 / nbytes) - 1)]
 
     def _peers(self, canonical: Any) -> dict[str, list[Any]]:
         """Return the weights of torch's bf16 linear, and of its int4 kernel where the shape fits it."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-PROBE_BYTES = 256 << 20  # at least; and twice the last-level cache, which must not answer for the memory
+PROBE_BYTES = 256 << 20  # at least; and EVICTING last-level caches, which must not answer for the memory
 REPEATS = 5
 # Each limit's name in what `turn_limits` returns.
 TURN_NAMES = {
@@ -72,11 +72,12 @@ def measure_limits(
     import torch
 
     from ..compiler.errors import BuildError
+    from ..compiler.measure import EVICTING
     from ..compiler.target import detect
     from ..runtime import probes as native
     from ..runtime.threads import set_threads
 
-    probe_bytes = probe_bytes or max(PROBE_BYTES, 2 * detect().l3)
+    probe_bytes = probe_bytes or max(PROBE_BYTES, EVICTING * detect().l3)
     set_threads(threads)
     source = torch.ones(probe_bytes // 4, dtype=torch.float32)
     copy = torch.empty_like(source)

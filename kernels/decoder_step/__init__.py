@@ -8,7 +8,7 @@ from ...compiler.operator import Declined, Form, Sizes, Tuning
 from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..quant_matmul.space import int8_prefetch_axis, prefetch_axes, prefetch_constraints
+from ..quant_matmul.space import few_prefetch, int8_prefetch_axis, prefetch_axes, prefetch_constraints
 from ..shared.isa.table import MATRIX, TABLE
 from .spec import (
     LAYER_CACHES,
@@ -62,7 +62,7 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         Axis("threads", _thread_counts(target.cores)),
     )
     constraints = (
-        *prefetch_constraints(target),
+        *prefetch_constraints(target, few=False),
         *(
             Constraint(constraint.name, lambda c, holds=constraint.holds: holds(c))
             for constraint in attention.constraints
@@ -74,7 +74,8 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
 def _prefetch_axes(spec: DecoderStepSpec, target: Target) -> tuple[Axis, ...]:
     """Return the axes of all weights, and where these differ that of those of 8 bits."""
     bits = {product.weight.bits for product in (*spec.products(), spec.matmul("head"))}
-    axes = prefetch_axes(target, (DECODE,), min(bits))
+    least = min(bits)
+    axes = (*prefetch_axes(target, (DECODE,), few=False, bits=least), *few_prefetch(target, least))
     return (*axes, int8_prefetch_axis(target, (DECODE,))) if 8 in bits and len(bits) > 1 else axes
 
 

@@ -352,4 +352,4 @@ class Step:
         wait(self.kernel["barrier"], self.kernel["threads"])
 
     def _prefetch(self, name: str, kind: int = 0) -> Prefetch:
-        return Prefetch.of(self.configuration, self.spec.matmul(name, kind).weight.bits)
+        return Prefetch.of(self.configuration, self.rows, self.spec.matmul(name, kind).weight.bits)

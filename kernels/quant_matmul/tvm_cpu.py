@@ -39,15 +39,17 @@ def lower(spec: QuantMatmulSpec, configuration: Mapping[str, Any], target: Targe
     large = many_rows(spec, configuration)
     if spec.activation == "bfloat16":
         return [_many("gemm", isa, spec, large, 2)]
-    prefetch = Prefetch.of(configuration)
     most = BLOCK // isa.lanes
     names = ("gemv_vectors", "small_vectors", "tile_vectors")
     single, few, many = (min(int(configuration[name]), most) for name in names)
-    wide = int(configuration["wide_rows"])
+    small, wide = int(configuration["small_rows"]), int(configuration["wide_rows"])
+    parts = [("gemv", 1, single), ("rows", small, few), ("wide", wide, few)]
     return [
-        _direct("gemv", isa, spec, 1, single, prefetch),
-        _direct("rows", isa, spec, int(configuration["small_rows"]), few, prefetch),
-        *([_direct("wide", isa, spec, wide, few, prefetch)] if wide else []),
+        *(
+            _direct(name, isa, spec, rows, vectors, Prefetch.of(configuration, rows))
+            for name, rows, vectors in parts
+            if rows
+        ),
         _many("gemm", isa, spec, large, many),
     ]
 

@@ -11,7 +11,7 @@ from ..shared import tir
 from ..shared.isa.table import Isa
 from ..shared.tir import T
 from .packing import BLOCK, Geometry
-from .space import L1, L2, PAST
+from .space import L1, L2, PAST, prefetch_names
 from .spec import QuantMatmulSpec
 
 
@@ -27,12 +27,14 @@ class Prefetch:
     near: int = 0
 
     @staticmethod
-    def of(configuration: Mapping[str, Any], bits: int = 0) -> Prefetch:
-        """Return what a configuration says, where it is about several formats for weights of so many bits."""
-        names = ("prefetch", "prefetch_locality", "prefetch_near")
+    def of(configuration: Mapping[str, Any], rows: int, bits: int = 0) -> Prefetch:
+        """Return what a configuration says of so many rows.
+
+        Where it is about several formats, for weights of so many bits.
+        """
         if bits == 8 and configuration.get("prefetch_int8") == 0:
             return Prefetch()
-        return Prefetch(*(int(configuration[name]) for name in names))
+        return Prefetch(*(int(configuration[name]) for name in prefetch_names(rows > 1)))
 
     def kept(self) -> Prefetch:
         """Return the same for bytes that are read more than once: past the caches they would come twice."""

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from ...compiler.target import Target
-from ..quant_matmul.space import prefetches
+from ..quant_matmul.space import few_prefetch, prefetches
 from ..shared.isa.table import TABLE
 from .spec import SparseMlpSpec
 
@@ -16,7 +16,8 @@ _DENSE_FROM = (80, 90, 100)  # percent of the blocks, the default first
 def space(spec: SparseMlpSpec, target: Target) -> list[dict[str, Any]]:
     """Return every configuration, the default first."""
     rows = dict.fromkeys(small for small, _ in TABLE[target.isa].tiles)
+    few = {axis.name: axis.values[0] for axis in few_prefetch(target)}
     return [
-        {"small_rows": small, **prefetch, "dense_from": dense}
+        {"small_rows": small, **prefetch, **few, "dense_from": dense}
         for small, prefetch, dense in itertools.product(rows, prefetches(target), _DENSE_FROM)
     ]

@@ -35,11 +35,10 @@ ARGUMENTS = (
 def lower(spec: SparseMlpSpec, configuration: Mapping[str, Any], target: Target) -> list[Any]:
     """Return the PrimFuncs `sparse_1` (one row) and `sparse_n` (any number, some at a time)."""
     isa = by_name(str(configuration.get("isa") or target.isa))
-    prefetch = Prefetch.of(configuration)
     rows = int(configuration["small_rows"])
     return [
-        SparseMlp("sparse_1", spec, isa, 1, prefetch).emit(),
-        SparseMlp("sparse_n", spec, isa, rows, prefetch.kept()).emit(),
+        SparseMlp("sparse_1", spec, isa, 1, Prefetch.of(configuration, 1)).emit(),
+        SparseMlp("sparse_n", spec, isa, rows, Prefetch.of(configuration, rows)).emit(),
     ]
 
 
