@@ -25,6 +25,17 @@ _BROKEN_FFI = "0.1.15"
 _ARM_FEATURES = {
     "asimddp": "dotprod", "asimdhp": "fullfp16", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve", "sve2": "sve2",
 }  # fmt: skip
+# And of x86's: without what a kernel asks for by name LLVM ends the process, and a CPU that is unknown, or of
+# which a virtual machine hides something, goes by the name of an older one.
+_X86_FEATURES = {
+    "sse3": "sse3", "ssse3": "ssse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "popcnt": "popcnt",
+    "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi1": "bmi", "bmi2": "bmi2", "gfni": "gfni",
+    "avx_vnni": "avxvnni", "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq", "avx512vl": "avx512vl", "avx512_vnni": "avx512vnni", "avx512vbmi": "avx512vbmi",
+    "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg", "avx512_bf16": "avx512bf16",
+    "avx512_vpopcntdq": "avx512vpopcntdq", "amx_tile": "amx-tile", "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,13 +162,16 @@ def _llvm_target(target: Target) -> dict[str, Any]:
     if triple is None:
         raise BuildError(f"no LLVM triple for architecture {target.arch!r}")
     options: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": target.mcpu}
+    names = _ARM_FEATURES if target.arch == "aarch64" else _X86_FEATURES
+    features = target.features & names.keys()
     # An ISA entry below the CPU's own must not meet instructions above it.
     if target.arch == "x86_64" and target.isa == "portable":
-        options["mcpu"] = "x86-64-v2" if {"sse4_2", "popcnt"} <= target.features else "x86-64"
-    if target.arch == "aarch64":  # what the CPU's name does not say ("generic": nothing but NEON)
-        options["mattr"] = [f"+{_ARM_FEATURES[f]}" for f in sorted(target.features & _ARM_FEATURES.keys())]
+        options["mcpu"] = "x86-64-v2" if {"sse4_2", "popcnt"} <= features else "x86-64"
+        features = frozenset[str]()
+    # What the CPU's name does not say ("generic": nothing but NEON).
+    options["mattr"] = [f"+{names[feature]}" for feature in sorted(features)]
     if target.isa in ("amx", "avx512_vnni", "avx512"):
-        options["mattr"] = ["-prefer-256-bit"]  # LLVM would split 512-bit stores on Intel's CPUs
+        options["mattr"].append("-prefer-256-bit")  # LLVM would split 512-bit stores on Intel's CPUs
     return options
 
 

@@ -8,7 +8,13 @@ from ...compiler.operator import Declined, Form, Sizes, Tuning
 from ...compiler.space import Axis, Constraint, Space
 from ...compiler.target import Target
 from ..attention.space import space as attention_space
-from ..quant_matmul.space import few_prefetch, int8_prefetch_axis, prefetch_axes, prefetch_constraints
+from ..quant_matmul.space import (
+    few_prefetch,
+    int8_prefetch_axis,
+    many_axes,
+    prefetch_axes,
+    prefetch_constraints,
+)
 from ..shared.isa.table import MATRIX, TABLE
 from .spec import (
     LAYER_CACHES,
@@ -46,8 +52,7 @@ def _decide(spec: DecoderStepSpec, target: Target) -> Declined | None:
 
 def _space(spec: DecoderStepSpec, target: Target) -> Space:
     """Return the configurations of steps (few rows) and chunks (many), the default first."""
-    tiles = TABLE[target.isa].tiles
-    small, large = tiles[0][0], tuple(dict.fromkeys(rows for _, rows in tiles))
+    small = TABLE[target.isa].tiles[0][0]
     attention = attention_space(spec.attention(), target)
     kv = {axis.name: axis.values for axis in attention.axes}
     decode, prefill = (DECODE,), (PREFILL,)
@@ -56,7 +61,7 @@ def _space(spec: DecoderStepSpec, target: Target) -> Space:
         Axis("chunk", kv["chunk"], decode),
         Axis("kv_prefetch", kv["prefetch"], decode),
         *_prefetch_axes(spec, target),
-        Axis("large_rows", large, prefill if spec.activation != "bfloat16" else ("none",)),
+        *many_axes(target, prefill if spec.activation != "bfloat16" else ("none",)),
         Axis("block_q", kv["block_q"], prefill),
         Axis("block_k", kv["block_k"], prefill),
         Axis("threads", _thread_counts(target.cores)),

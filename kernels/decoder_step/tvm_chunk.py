@@ -11,6 +11,7 @@ from typing import Any
 from ..attention.tvm_cpu import prefill_emitter
 from ..norm.spec import NormSpec
 from ..norm.tvm_emit import NormRow
+from ..quant_matmul.packing import BLOCK
 from ..quant_matmul.sizes import padded_k, uses_matrix
 from ..quant_matmul.tvm_cpu import many_share, prepare_many
 from ..quant_matmul.tvm_cpu_context import Context, row_tiles, shared_range
@@ -109,6 +110,9 @@ class Chunk(Step):
     def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         more = {"panel": self.panels, "counter": self.claims}
         return super()._context(name, more | buffers, kind)
+
+    def _vectors(self) -> int:
+        return min(int(self.configuration["tile_vectors"]), BLOCK // self.isa.lanes)
 
     def _own_rows(self, context: Context) -> Any:
         """Loop over this thread's share of the rows, padding included."""

@@ -265,7 +265,6 @@ class Step:
 
     def _context(self, name: str, buffers: dict[str, Any], kind: int = 0) -> Context:
         """Return a product's emission context over this thread's scratch."""
-        whole = BLOCK // self.isa.lanes
         k = {
             "m": self.m,
             "threads": self.kernel["threads"],
@@ -275,9 +274,13 @@ class Step:
         }
         k |= {"scales": tir.buffer_at(self.scales, "float32"), "x": self.normed} | buffers
         problem = self.spec.matmul(name, kind)
-        vectors = whole if self.rows == 1 else min(self.isa.small_vectors, whole)
-        self.current = Context(self.isa, problem, k, self.rows, vectors)
+        self.current = Context(self.isa, problem, k, self.rows, self._vectors())
         return self.current
+
+    def _vectors(self) -> int:
+        """Return the vectors of a product's tile."""
+        whole = BLOCK // self.isa.lanes
+        return whole if self.rows == 1 else min(self.isa.small_vectors, whole)
 
     def _normed_rows(self, weight: Any, context: Context) -> None:
         """Emit: every row of x normalised and prepared in this thread's scratch."""

@@ -268,6 +268,28 @@ def test_an_instruction_that_a_target_lacks_never_reaches_llvm(isa: str, lacking
         tvm_llvm.compile_module([], target)
 
 
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("znver4", "vpdpbusd"),
+        ("icelake-server", "vpdpbusd"),
+        ("alderlake", "vpdpbusd"),
+        ("haswell", "vpmaddubsw"),
+    ],
+)
+def test_an_instruction_that_a_cpu_of_an_unknown_name_has_is_used(name: str, instruction: str) -> None:
+    """A virtual machine may hide a part of a newer name; then LLVM knew no int8 dot product, and ended."""
+    from edgeformer.compiler.backends import tvm_llvm
+    from edgeformer.kernels.quant_matmul import OPERATOR, QuantMatmulSpec, WeightFormat
+
+    target = dataclasses.replace(Target.parse(name), mcpu="x86-64-v2")
+    form = OPERATOR.form("tvm_cpu")
+    spec = QuantMatmulSpec(64, 64, WeightFormat.int4(), "int8")
+    assert form.lower is not None
+    functions = form.lower(spec, form.space(spec, target)[0], target)
+    assert tvm_llvm.inspect(functions, target).count(instruction) > 0
+
+
 def test_a_misspelt_cpu_is_refused_with_close_names() -> None:
     from edgeformer.compiler.backends import tvm_llvm
 
