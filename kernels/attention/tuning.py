@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...compiler.operator import Sizes, Tuning
 from ...compiler.target import Target
-from ..shared.trial import Copies, poisoned
+from ..shared.trial import Copies, results
 from .append import addresses, quantize
 from .reference import attention as reference
 from .space import DECODE, FEW, PREFILL
@@ -42,21 +42,35 @@ def functions(spec: AttentionSpec, which: str) -> tuple[str, ...]:
 def check(spec: AttentionSpec, sizes: Sizes, target: Target, call: Callable[..., Any], seed: int) -> str:
     """Return what is wrong with `call` around these sizes: the edges of their buckets and odd ones."""
     for tq, tk in _edges(spec, sizes, seed):
-        q, k, v, options = inputs(spec, tq, tk, seed)
-        out = torch.full((1, tq, spec.num_heads, spec.v_head_dim), torch.nan, dtype=q.dtype).transpose(1, 2)
-        with poisoned():
-            got, lse = call(q, k, v, out=out, **options)
-        want, want_lse = reference(spec, q, k, v, **options)
-        for a, b, most in ((got, want, spec.tolerance), (lse, want_lse, max(spec.tolerance, 2e-4))):
-            if a is None:
-                continue
-            if not torch.isfinite(a[torch.isfinite(b)]).all():
-                return f"{tq} queries, {tk} keys, seed {seed}: not every result was written with a number"
-            a, b = a.double(), b.double()
-            finite = torch.isfinite(b)
-            error = float((a - b)[finite].norm() / b[finite].norm().clamp_min(1e-30))
-            if not error <= most:
-                return f"{tq} queries, {tk} keys, seed {seed}: relative error {error:.1e}"
+        if problem := _wrong(spec, tq, tk, call, seed):
+            return f"{tq} queries, {tk} keys, seed {seed}: {problem}"
+    return ""
+
+
+def _wrong(spec: AttentionSpec, tq: int, tk: int, call: Callable[..., Any], seed: int) -> str:
+    q, k, v, options = inputs(spec, tq, tk, seed)
+    want = reference(spec, q, k, v, **options)
+
+    def attend() -> Any:
+        shape = (1, tq, spec.num_heads, spec.v_head_dim)
+        out = torch.full(shape, torch.nan, dtype=q.dtype).transpose(1, 2)
+        return call(q, k, v, out=out, **options)
+
+    return next(filter(None, (_difference(spec, got, want) for got in results(attend))), "")
+
+
+def _difference(spec: AttentionSpec, got: Any, want: Any) -> str:
+    """Return what is wrong with (results, logarithms of sums) beside what they should be."""
+    for a, b, most in zip(got, want, (spec.tolerance, max(spec.tolerance, 2e-4))):
+        if a is None:
+            continue
+        if not torch.isfinite(a[torch.isfinite(b)]).all():
+            return "not every result was written with a number"
+        a, b = a.double(), b.double()
+        finite = torch.isfinite(b)
+        error = float((a - b)[finite].norm() / b[finite].norm().clamp_min(1e-30))
+        if not error <= most:
+            return f"relative error {error:.1e}"
     return ""
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ...compiler.operator import Sizes, Tuning
 from ...compiler.target import Target
-from ..shared.trial import Copies, poisoned
+from ..shared.trial import Copies, results
 from .packing import PackedWeight, layout_for, pack
 from .reference import quant_matmul as reference
 from .sizes import uses_matrix
@@ -49,18 +49,22 @@ def check(spec: QuantMatmulSpec, sizes: Sizes, target: Target, call: Callable[..
     """Return what is wrong with `call` at the edges of the bucket of sizes["m"], past it, at odd sizes."""
     case = _case(spec, target)
     for m in _edges(spec, sizes["m"], seed):
-        x, bias, residual, rows, wanted = case.rows(_DRAWS if m == 1 else m, seed)
-        with poisoned():
-            if m == 1:
-                parts = [(x[i : i + 1], None if residual is None else residual[i : i + 1]) for i in rows]
-                got = torch.cat([call(row, case.packed, bias, added) for row, added in parts])
-            else:
-                got = call(x, case.packed, bias, residual)
+        if problem := _wrong(case, m, call, seed):
+            return f"{m} rows, seed {seed}: {problem}"
+    return ""
+
+
+def _wrong(case: _Case, m: int, call: Callable[..., Any], seed: int) -> str:
+    x, bias, residual, rows, wanted = case.rows(_DRAWS if m == 1 else m, seed)
+    parts = [(x, residual)]
+    if m == 1:
+        parts = [(x[i : i + 1], None if residual is None else residual[i : i + 1]) for i in rows]
+    for got in results(lambda: torch.cat([call(x, case.packed, bias, added) for x, added in parts])):
         if not torch.isfinite(got).all():
-            return f"{m} rows, seed {seed}: not every element of y was written with a number"
+            return "not every element of y was written with a number"
         error = (got[rows].double() - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
-        if not float(error.max()) <= _TOLERANCE[spec.x_dtype]:
-            return f"{m} rows, seed {seed}: relative error {float(error.max()):.1e}"
+        if not float(error.max()) <= _TOLERANCE[case.spec.x_dtype]:
+            return f"relative error {float(error.max()):.1e}"
     return ""
 
 

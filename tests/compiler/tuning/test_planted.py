@@ -54,6 +54,7 @@ def problem(name: str, spec: Any, sizes: dict[str, int]) -> Problem:
     return dataclasses.replace(found, request=dataclasses.replace(found.request, provider=planted.PROVIDER))
 
 
+@pytest.mark.timeout(3600 if LONG else 600)
 @pytest.mark.parametrize(("name", "spec", "sizes"), CASES)
 def test_every_wrong_kernel_is_found(
     name: str, spec: Any, sizes: dict[str, int], evaluator: ChildEvaluator
