@@ -23,8 +23,8 @@ _AHEAD_AMX = ((16384, 8192, 4096, 2048, 32768, 0), (L2, L1, PAST), (4096, 0, 204
 _AHEAD_ZEN3 = ((1024, 0, 2048, 4096, 8192, 16384), (PAST, L2, L1), (0, 2048))
 # Of 8 bits, which are few instructions a byte, it is best not to ask at all.
 _AHEAD_ZEN3_INT8 = ((0, 1024, 2048, 4096, 8192, 16384), (PAST, L2, L1), (0, 2048))
-# On Zen 4 the same distance into L2 is 1.3 to 1.6x for one row, of 4 and of 8 bits, and a loss for several,
-# which compute longer on a line: there 8 KB into L2 are 1.1 to 1.2x, of 8 bits 1.2 to 2x.
+# On Zen 4 the same distance into L2 is 1.2x for one row, of 8 bits 1.3x, and a loss for several, which take
+# longer over a line: there 8 KB into L2 are 1.1 to 1.2x, of 8 bits 1.5 to 2x.
 _AHEAD_ZEN4 = ((1024, 0, 2048, 4096, 8192, 16384), (L2, L1, PAST), (0, 2048))
 _AHEAD_ZEN4_FEW = ((8192, 4096, 16384, 2048, 1024, 0), (L2, L1, PAST), (0, 2048))
 # Rows of a second tile, for more rows than the small one has (0: none): it unpacks each weight once for 8
