@@ -119,13 +119,14 @@ def prefetch_names(few: bool) -> tuple[str, str, str]:
 
 def int8_prefetch_axis(target: Target, phases: tuple[str, ...]) -> Axis:
     """Return how far ahead weights of 8 bits are asked for where others are of fewer: as those, or not."""
-    return Axis("prefetch_int8", (0, SAME) if _ahead(target, False, 8)[0][0] == 0 else (SAME, 0), phases)
+    distance, _, _ = prefetch_axes(target, phases, few=False, bits=8)
+    return Axis("prefetch_int8", (SAME, 0) if distance.values[0] else (0, SAME), phases)
 
 
 def prefetch_constraints(target: Target, few: bool) -> tuple[Constraint, ...]:
     """Return what holds between the axes of `prefetch_axes`."""
     distance, place, near = prefetch_names(few)
-    default = _ahead(target, few, 0)[1][0]
+    default = prefetch_axes(target, (), few)[1].values[0]
     return (
         Constraint(
             "without prefetch there is no place to put it",

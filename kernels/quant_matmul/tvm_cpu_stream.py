@@ -28,10 +28,7 @@ class Prefetch:
 
     @staticmethod
     def of(configuration: Mapping[str, Any], rows: int, bits: int = 0) -> Prefetch:
-        """Return what a configuration says of so many rows.
-
-        Where it is about several formats, for weights of so many bits.
-        """
+        """Return what is configured for so many rows; among several formats, for weights of so many bits."""
         if bits == 8 and configuration.get("prefetch_int8") == 0:
             return Prefetch()
         return Prefetch(*(int(configuration[name]) for name in prefetch_names(rows > 1)))
