@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emula
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedLibrary]:
-    """twice(n, x, y): y = 2 x; through(table, y): y[i] = *table[i]; team(n, y): y[i] = i + 1, in parallel."""
+    """twice(n, x, y): y = 2 x; through(table, y): y[i] = *table[i]; team(n, y): y[i] = i + 1, in parallel;
+    clear(n, y): y = 0."""
     from edgeformer.kernels.shared import tir
     from edgeformer.kernels.shared.tir import T
 
@@ -37,6 +38,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedLibrar
     k = tir.Kernel("team", [("n", "int64"), ("y", "*int64")])
     with tir.parallel(k["n"]) as i:
         tir.store(k["y"], i, tir.let(i + 1) * T.int64(1))
+    functions.append(k.finish())
+    k = tir.Kernel("clear", [("n", "int64"), ("y", "*float32")])
+    with tir.loop(k["n"]) as i:
+        tir.store(k["y"], i, T.float32(0))
     functions.append(k.finish())
     folder, target = tmp_path_factory.mktemp("library"), Target.parse("raspberry-pi-5")
     tvm_llvm.build(functions, target, folder)
@@ -83,6 +88,17 @@ def test_threads_share_memory(library: EmulatedLibrary) -> None:
         y = torch.zeros(count, dtype=torch.int64)
         library.function("team")(count, y.data_ptr())
         assert torch.equal(y, torch.arange(1, count + 1))
+
+
+def test_a_page_may_end_anywhere_in_what_is_cleared(library: EmulatedLibrary) -> None:
+    assert b"memset" in library.path.read_bytes()  # LLVM's word for the loop
+    arena, n = torch.empty(3 * emulator.PAGE // 4), 192
+    page = -(arena.data_ptr() // -emulator.PAGE) + 1
+    for behind in range(n):  # elements on the second page
+        arena.fill_(torch.nan)
+        first = (page * emulator.PAGE - arena.data_ptr()) // 4 - n + behind
+        library.function("clear")(n, arena.data_ptr() + 4 * first)
+        assert arena.isnan().sum() == arena.numel() - n and not arena[first : first + n].any()
 
 
 def test_errors_are_told_and_the_next_call_is_right(library: EmulatedLibrary, tmp_path: Path) -> None:
