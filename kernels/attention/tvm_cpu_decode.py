@@ -33,14 +33,16 @@ class Decode:
         q, scores, out, bias, scales = (tir.buffer_at(at, "float32") for at in local)
         units = tir.let(a.batch * spec.num_kv_heads * chunks)
         start = tir.let(quotient(thread * units, a.threads))
-        with span(start, quotient((thread + 1) * units, a.threads)) as unit:
-            c = tir.let(remainder(unit, chunks))
-            head = tir.let(quotient(unit, chunks))
-            b = tir.let(quotient(head, T.int64(spec.num_kv_heads)))
-            kv_head = tir.let(remainder(head, T.int64(spec.num_kv_heads)))
+        stop = tir.let(quotient((thread + 1) * units, a.threads))
+        with span(start, stop) as unit:
+            b, kv_head, c = self._place(unit, chunks)
             begin = tir.let((c + first) * a.chunk)
+            # While values are read, the next unit's keys are asked for; the last one's are its own, in L2.
+            next_b, next_head, next_c = self._place(tir.let(T.min(unit + 1, stop - 1)), chunks)
+            step = ((next_c + first) * a.chunk - begin) * self.k_token()
+            ahead = tir.let(self.p.row_at("k", next_b, next_head, T.int64(0)) + step)
             with tir.loop(a.tq) as t:
-                unit_state = _Unit(self, b, kv_head, t, begin, q, scores, out, bias, scales)
+                unit_state = _Unit(self, b, kv_head, t, begin, ahead, q, scores, out, bias, scales)
                 unit_state.emit()
                 for h in range(spec.group):
                     row = (b * spec.num_heads + kv_head * spec.group + h) * a.tq + t
@@ -50,6 +52,19 @@ class Decode:
                     with tir.loop(spec.v_head_dim // self.lanes) as i:
                         value = tir.load(out, h * spec.v_head_dim + i * self.lanes, self.lanes)
                         tir.store(partial[2], entry * spec.v_head_dim + i * self.lanes, value)
+
+    def _place(self, unit: Any, chunks: Any) -> tuple[Any, Any, Any]:
+        """Emit and return a unit's (sequence, KV head, chunk)."""
+        heads, head = T.int64(self.spec.num_kv_heads), tir.let(quotient(unit, chunks))
+        return (
+            tir.let(quotient(head, heads)),
+            tir.let(remainder(head, heads)),
+            tir.let(remainder(unit, chunks)),
+        )
+
+    def k_token(self) -> Any:
+        """Elements of k a token: in the blocked layout its share of a block."""
+        return self.spec.head_dim if self.spec.layout == "blocked" else self.a.k_st
 
     def phase_merge(self, row: Any) -> None:
         """Emit the merge of one row (of batch x heads x queries), chunk by chunk in order."""
@@ -110,7 +125,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class _ValueTile:
-    """Some keys of a chunk: V's first element and token stride, key range, where K of the next chunk is."""
+    """Some keys of a chunk: V's first element and token stride, key range, where K of the next unit is."""
 
     base: Any
     token: Any
@@ -125,11 +140,11 @@ class _Unit:
     """One query token, one KV head, one chunk: scores, their softmax, the weighted sum of V."""
 
     def __init__(
-        self, decode: Decode, b: Any, kv_head: Any, t: Any, begin: Any,
+        self, decode: Decode, b: Any, kv_head: Any, t: Any, begin: Any, ahead: Any,
         q: Any, scores: Any, out: Any, bias: Any, scales: Any,
     ) -> None:  # fmt: skip
         self.d, self.p, self.spec, self.a, self.lanes = decode, decode.p, decode.spec, decode.a, decode.lanes
-        self.b, self.kv_head, self.t, self.begin = b, kv_head, t, begin
+        self.b, self.kv_head, self.t, self.begin, self.ahead = b, kv_head, t, begin, ahead
         self.q, self.scores, self.out, self.bias, self.scales = q, scores, out, bias, scales
         self.max_chunk, self.group = decode.max_chunk, decode.spec.group
         self.largest = tir.local("float32", max(self.group, 2))
@@ -289,11 +304,10 @@ class _Unit:
         parts, columns = self._value_tiles()
         vectors = spec.v_head_dim // lanes
         whole, rest = divmod(vectors, columns)
-        ahead = tir.let(self.p.row_at("k", self.b, self.kv_head, T.int64(0)) + a.chunk * self._k_token())
         with tir.loop(quotient(last - first + (_KEYS_A_PASS - 1), T.int64(_KEYS_A_PASS))) as some:
             j0 = tir.let(first + some * _KEYS_A_PASS)
             j1 = tir.let(T.min(j0 + _KEYS_A_PASS, last))
-            tile = _ValueTile(base, token, origin, j0, j1, ahead, whole + (rest > 0))
+            tile = _ValueTile(base, token, origin, j0, j1, self.ahead, whole + (rest > 0))
             with tir.loop(whole) as block:
                 self._column_block(tile, block, columns, columns, parts)
             if rest:
@@ -305,10 +319,6 @@ class _Unit:
         for heads in parts:
             self._value_tile(tile, block, column, columns, head0, heads)
             head0 += heads
-
-    def _k_token(self) -> Any:
-        """Elements of k a token: in the blocked layout its share of a block."""
-        return self.spec.head_dim if self.spec.layout == "blocked" else self.a.k_st
 
     def _value_tile(
         self, tile: _ValueTile, block: Any, column: Any, columns: int, head0: int, heads: int
@@ -323,7 +333,7 @@ class _Unit:
             row = tir.let(tile.base + j * tile.token + column)
             if self.d.prefetch and head0 == 0:
                 share = -(-spec.head_dim // tile.blocks)
-                self._prefetch(a.k, tile.ahead + j * self._k_token() + block * share, share)
+                self._prefetch(a.k, tile.ahead + j * self.d.k_token() + block * share, share)
             weights, value = Registers(heads, lanes), Registers(1, lanes)
             for h in range(heads):
                 weight = tir.load(self.scores, (head0 + h) * self.max_chunk + (j - tile.origin))
