@@ -231,9 +231,10 @@ def show(found: Tuned) -> None:
     for name in ("prefill", "decode"):
         before, after = found.before.get(name), found.after.get(name)
         if before and after:
+            same = found.before == found.after  # nothing was measured a second time
             table.add_row(
-                f"{name} of the model", "", "", f"{before:.1f} tokens/s", f"{after:.1f} tokens/s",
-                f"{after / before:.2f}x",
+                f"{name} of the model", "", "", f"{before:.1f} tokens/s",
+                "the same kernels" if same else f"{after:.1f} tokens/s", f"{after / before:.2f}x",
             )  # fmt: skip
     console = stderr()
     console.file = __import__("sys").stdout

@@ -334,9 +334,21 @@ def tune(
     del model
     outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress)
     recorded.forget()
-    if not any(outcome.state == "tuned" for outcome in outcomes):
+    if not _changed(outcomes, earlier):  # two loads of one program differ by some percent
         return Tuned(tuple(outcomes), before, before)
     return Tuned(tuple(outcomes), *side_by_side(lambda: load_as_it_is(**options), earlier, before))
+
+
+def _changed(outcomes: Sequence[Outcome], earlier: recorded.Known) -> bool:
+    """Return whether some problem runs with another configuration than with the `earlier` records."""
+    for outcome in outcomes:
+        if outcome.state == "tuned" and outcome.record is not None:
+            problem = outcome.problem
+            with recorded.held(earlier):
+                before = recorded.chosen(problem.wanted, problem.space)
+            if before != problem.space.complete(outcome.record.configuration):
+                return True
+    return False
 
 
 def on_demand() -> float:

@@ -67,6 +67,17 @@ def configuration(
     return space[0], "default"
 
 
+def chosen(wanted: Wanted, space: Space) -> dict[str, Any] | None:
+    """Return the configuration that a problem has by the records; None where that takes a check on a device.
+
+    `space` is that of the problem's phase.
+    """
+    for found in look_up(wanted, known()[1]):
+        if not _refusal(found, wanted, space):
+            return None if _doubt(found) else space.complete(found.record.configuration)
+    return dict(space.default)
+
+
 def bind_buckets(operator: Operator, form: Form, spec: Any, sizes: Sizes, target: Target) -> None:
     """Build, to travel, the libraries of every bucket of sizes: a compiled folder holds them all.
 

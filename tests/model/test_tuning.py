@@ -16,6 +16,7 @@ import edgeformer
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.journal import read_progress
 from edgeformer.compiler.records import RecordStore
+from edgeformer.compiler.tuner import Outcome
 from edgeformer.kernels.attention import OPERATOR as ATTENTION
 from edgeformer.model import tuning
 from edgeformer.runtime import dispatch, recorded
@@ -50,6 +51,39 @@ def test_on_tunes_what_has_no_record_while_loading_and_nothing_in_a_call(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         edgeformer.load(path, threads=2)  # a second load finds the record and tries nothing
+
+
+def test_a_model_is_timed_again_where_its_kernels_changed(
+    make_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = edgeformer.load(make_gguf("Q4_0").path, whole_step=False, threads=2)
+    monkeypatch.setattr(tuning, "load_as_it_is", lambda **ignored: model)
+    old, new = {"prefill": 100.0, "decode": 10.0}, {"prefill": 90.0, "decode": 9.0}
+    monkeypatch.setattr(tuning, "speeds", lambda model: old)
+    monkeypatch.setattr(tuning, "side_by_side", lambda *ignored: (old, new))
+
+    def found(which: int, state: str = "tuned") -> tuning.Tuned:
+        """Tune, where the search ends with the default (0) or another member of each space."""
+
+        def search(problems: Any, **ignored: Any) -> list[Outcome]:
+            outcomes = []
+            for problem in problems:
+                changes = ({a.name: a.values[-1]} for a in problem.space.axes if len(a.values) > 1)
+                members = (problem.space.default | (change if which else {}) for change in changes)
+                chosen = next(member for member in members if not problem.space.refusal(member))
+                record = problem.wanted.empty(problem.space.essential(chosen))
+                RecordStore().put(record)
+                outcomes.append(Outcome(problem, state, 1, record))
+            return outcomes
+
+        monkeypatch.setattr(tuning, "tune_problems", search)
+        return tuning.tune(model.path, threads=2)
+
+    assert found(0).after == old  # the default won: two loads of one program would show noise
+    assert found(1).after == new
+    assert found(1).after == old  # it ran with these records before
+    assert found(0).after == new
+    assert found(1, "kept").after == old
 
 
 def test_a_budget_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
