@@ -7,6 +7,7 @@ process brings their pages over when it touches them (see emulator.c). Speed say
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -100,8 +101,9 @@ class EmulatedLibrary:
         pages: list[tuple[int, bytes]] = []
         memory = _Memory()
         try:
-            process.stdin.write(b"".join(parts))
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its last words say why
+                process.stdin.write(b"".join(parts))
+                process.stdin.flush()
             while True:
                 what = process.stdout.read(1)
                 if what == b"p":

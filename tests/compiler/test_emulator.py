@@ -110,5 +110,9 @@ def test_errors_are_told_and_the_next_call_is_right(library: EmulatedLibrary, tm
     library.function("twice")(3, x.data_ptr(), x.data_ptr(), 5.0)
     assert x.tolist() == [5, 5, 5]
     (tmp_path / "kernels.so").write_bytes(b"no library")
-    with pytest.raises(BuildError, match="kernels.so"):
-        EmulatedLibrary(tmp_path / "kernels.so").function("twice")(0, 0, 0, 1.0)
+    broken = EmulatedLibrary(tmp_path / "kernels.so")
+    for ended in (True, False):
+        if ended:  # before it is told what to run
+            broken._start().wait()
+        with pytest.raises(BuildError, match="kernels.so"):
+            broken.function("twice")(0, 0, 0, 1.0)
