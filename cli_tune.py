@@ -215,6 +215,8 @@ def facts(found: Tuned) -> dict[str, Any]:
 
 def show(found: Tuned) -> None:
     """Print the table before and after."""
+    from .compiler.tuner import GOES_ON
+
     table = Table("problem", "state", "trials", "default", "tuned", "gain", "configuration")
     for outcome in found.outcomes:
         r = outcome.record
@@ -240,6 +242,11 @@ def show(found: Tuned) -> None:
     console.file = __import__("sys").stdout
     console.print(table)
     typer.echo(f"{found.trials} trials", err=True)
+    if open_ends := sum(GOES_ON in outcome.note for outcome in found.outcomes):
+        where = "one problem" if open_ends == 1 else f"{open_ends} problems"
+        typer.echo(
+            f"the time was over before the search of {where} had ended; --more goes on there", err=True
+        )
 
 
 @cache_app.command("list")

@@ -16,6 +16,7 @@ from .records import Record, RecordStore
 from .search import Evolution
 from .space import Space
 
+GOES_ON = "the search can go on"
 TOP = 4  # candidates that are timed again, in turn with what ran before
 PASSES = 15  # of that last comparison
 PATIENCE = 32  # trials in a row without a better one that end a search
@@ -299,7 +300,7 @@ class _Search:
         self.journal.settle(problem.key, ended == "tuned")
         self.say("record", len(trials), ratio, record=record)
         notes = [f"ranked by its code: {ratio:.2f} of the default's cost"] if static else []
-        notes += [] if ended == "tuned" else ["the search can go on"]
+        notes += [] if ended == "tuned" else [GOES_ON]
         return Outcome(problem, "tuned", made, record, "; ".join(notes))
 
 

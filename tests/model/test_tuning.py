@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import edgeformer
+from edgeformer.cli_tune import show
 from edgeformer.compiler.errors import UnsupportedError
 from edgeformer.compiler.journal import read_progress
 from edgeformer.compiler.records import RecordStore
-from edgeformer.compiler.tuner import Outcome
+from edgeformer.compiler.target import detect
+from edgeformer.compiler.tuner import GOES_ON, Outcome
 from edgeformer.kernels.attention import OPERATOR as ATTENTION
+from edgeformer.kernels.attention import AttentionSpec
 from edgeformer.model import tuning
 from edgeformer.runtime import dispatch, recorded
 from edgeformer.runtime.tuning import problem_of, tune_problems
@@ -84,6 +87,23 @@ def test_a_model_is_timed_again_where_its_kernels_changed(
     assert found(1).after == old  # it ran with these records before
     assert found(0).after == new
     assert found(1, "kept").after == old
+
+
+def test_the_table_says_what_did_not_change_and_what_can_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    spec = AttentionSpec(2, 1, 32, 32, kv_dtype="bfloat16", layout="blocked")
+    problem = problem_of(ATTENTION, spec, {"tq": 1, "tk": 64}, detect(), 2)
+    assert problem is not None
+    record = dataclasses.replace(problem.wanted.empty({}), seconds=1e-3, default_seconds=2e-3)
+    old, new = {"prefill": 100.0, "decode": 10.0}, {"prefill": 150.0, "decode": 11.0}
+    for note, after in (("", old), (GOES_ON, new)):
+        show(tuning.Tuned((Outcome(problem, "tuned", 3, record, note),), old, after))
+        out, err = capsys.readouterr()
+        assert "2.00x" in out and err.startswith("3 trials")
+        assert ("the same kernels" in out) == (after == old) and ("1.50x" in out) == (after == new)
+        assert ("the search of one problem had ended; --more goes on there" in err) == bool(note)
 
 
 def test_a_budget_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
