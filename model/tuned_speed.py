@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
-from collections.abc import Callable
 
 import torch
 
-from ..compiler.target import available_memory
 from ..runtime import dispatch, recorded
 from ..runtime.threads import set_threads
+from .compiled import compile_decoder
 from .generate import LanguageModel
 
 ROUNDS = 5
-_ROOM = 1.2  # times the first model's weights and cache that have to be free for a second one
 
 Speeds = dict[str, float]
 
@@ -24,19 +23,18 @@ def speeds(model: LanguageModel, prompt: int = 512, new: int = 32, repeats: int 
     return _medians([_run(model, prompt, new) for _ in range(repeats)])
 
 
-def side_by_side(
-    load: Callable[[], LanguageModel], earlier: recorded.Known, before: Speeds
-) -> tuple[Speeds, Speeds]:
-    """Return the speeds with the `earlier` records and with those of now, run by run in turn.
+def side_by_side(new: LanguageModel, earlier: recorded.Known) -> tuple[Speeds, Speeds]:
+    """Return the speeds with the `earlier` records and with those of now, which `new` was loaded with.
 
-    A machine whose speed changes with the minutes then shows no gain or loss that is not there. Without room
-    for two models, the first are `before`: what was measured at the time.
+    Run by run in turn, over the same weights and cache: a machine whose speed changes with the minutes, and
+    with where a model's memory comes to lie, shows no gain or loss that is not there.
     """
-    new = load()
-    if available_memory() < _ROOM * (new.memory()["weights"] + new.memory()["kv"]):
-        return before, speeds(new)
-    with recorded.held(earlier):
-        old = load()
+    _run(new)  # makes the cache, which both use
+    old = copy.copy(new)
+    if not new.whole_step_declined:
+        with recorded.held(earlier):
+            compiled, _ = compile_decoder(new.decoder, new.target, new.kv, check=False)
+        old.step = compiled or new.step
     found: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
     for turn in range(ROUNDS + 1):
         for which in (0, 1) if turn % 2 else (1, 0):

@@ -334,9 +334,9 @@ def tune(
     del model
     outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress)
     recorded.forget()
-    if not _changed(outcomes, earlier):  # two loads of one program differ by some percent
+    if not _changed(outcomes, earlier):
         return Tuned(tuple(outcomes), before, before)
-    return Tuned(tuple(outcomes), *side_by_side(lambda: load_as_it_is(**options), earlier, before))
+    return Tuned(tuple(outcomes), *side_by_side(load_as_it_is(**options), earlier))
 
 
 def _changed(outcomes: Sequence[Outcome], earlier: recorded.Known) -> bool:
