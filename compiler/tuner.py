@@ -234,7 +234,7 @@ class _Search:
             trial = future.result()
         except OutOfTime as error:
             self.journal.abandon(key, configuration)
-            self.called_off = str(error)
+            self.called_off = str(error).removeprefix(f"{self.problem.title}: ")  # its row has the title
             return None
         except BaseException:
             for other, _ in [(configuration, 0), *others.values()]:

@@ -256,7 +256,7 @@ class Slow(Fake):
     def trial(self, problem: Any, configuration: Mapping[str, Any], seconds: float = 1e9) -> Trial:
         if seconds < 40:
             self.now += seconds
-            raise OutOfTime("over")
+            raise OutOfTime(f"{problem.title}: over")
         self.clock_step = 40.0
         return super().trial(problem, configuration, seconds)
 
@@ -277,6 +277,7 @@ def test_a_budget_holds_however_long_a_build_takes(folder: Folder, seconds: floa
         outcomes = folder.tune([make_problem("a"), make_problem("b")], slow, seconds=seconds, more=True)
         assert slow.now <= 1.25 * seconds + 10, (slow.now, outcomes)
         assert all(o.state in ("tuned", "stopped", "kept") for o in outcomes)
+        assert not any(o.note.startswith(o.problem.title) for o in outcomes)
     held = sum(p.trials for p in folder.journal.progress())
     assert held or seconds < 100
 
