@@ -24,7 +24,7 @@ from .trial import ENDED_WITHIN, Request
 
 _TRIAL_SECONDS, _PREPARE_SECONDS = 90.0, 240.0
 _GRACE = 10.0  # seconds by which an answer may be late before its device counts as lost
-_CONNECT_SECONDS = 20.0
+_CONNECT_SECONDS, _RELEASE_SECONDS = 20.0, 5.0
 _MOST_LOST = 3  # devices that a configuration may lose before it is taken for the reason
 
 
@@ -92,29 +92,41 @@ def places(rpc: Sequence[str], tracker: str, key: str) -> list[Place]:
 
 
 class _Device:
-    """One session with a device."""
+    """One session with a device.
+
+    Its functions are kept as long: TVM asks the device to free one, and holds the interpreter's lock until it
+    answers. A silent device's are kept by the thread that waits for it.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._session = _within(place.connect, _CONNECT_SECONDS)
+        self._answer, self._describe = _within(self._connect, _CONNECT_SECONDS)
         self.known: set[str] = set()  # problems that it has prepared
+
+    def _connect(self) -> tuple[Any, Any]:
+        session = self.place.connect()
+        return session.get_function(ANSWER), session.get_function(DESCRIBE)
 
     def ask(self, request: Request, seconds: float) -> Any:
         """Return the answer of the device's child. Raises ChildError, DeviceLost."""
         text = pickle.dumps((request, seconds))
-        call = lambda: self._session.get_function(ANSWER)(text)  # noqa: E731
-        kind, value = read_answer(bytes(_within(call, seconds + _GRACE)))
+        kind, value = read_answer(bytes(_within(lambda: self._answer(text), seconds + _GRACE)))
         if kind != "answer":
             raise ChildError(kind, value)
         return value
 
     def describe(self) -> Target:
         """Return its target."""
-        text = str(_within(self._session.get_function(DESCRIBE), _CONNECT_SECONDS))
+        text = str(_within(lambda: self._describe(), _CONNECT_SECONDS))
         try:
             return target_of(text)
         except (ValueError, TypeError, KeyError) as error:
             raise DeviceLost(f"what it says of itself cannot be read: {error}") from error
+
+    def release(self) -> None:
+        """See that it answers, or that a thread waits for it, before it is let go of."""
+        with contextlib.suppress(DeviceLost):
+            _within(lambda: self._describe(), _RELEASE_SECONDS)
 
 
 class _Answers(pickle.Unpickler):
@@ -227,7 +239,8 @@ class RemoteEvaluator:
         """End the builders, and let go of the devices."""
         while not self._builders.empty():
             self._builders.get().close()
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop().release()
 
     def __enter__(self) -> RemoteEvaluator:
         return self

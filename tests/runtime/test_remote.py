@@ -248,6 +248,26 @@ def test_a_killed_and_a_silent_device_cost_nothing_but_time(start: Any, tmp_path
     assert outcome.state == "tuned" and outcome.trials == 30
 
 
+_CLOSES = """
+import sys, psutil
+from edgeformer.runtime.remote import Place, RemoteEvaluator
+port, server = map(int, sys.argv[1:])
+with RemoteEvaluator([Place("127.0.0.1", port)]) as devices:
+    devices.target()
+    for process in psutil.Process(server).children(recursive=True):
+        process.suspend()
+print("closed")
+"""
+
+
+def test_a_device_that_falls_silent_between_two_questions_is_left(start: Any) -> None:
+    """In a process of its own: TVM waits for what a device lets go of with the interpreter's lock held."""
+    process, port = serve(start)
+    command = [sys.executable, "-c", _CLOSES, str(port), str(process.pid)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.stdout == "closed\n", done.stderr
+
+
 def _family(pid: int) -> list[int]:
     import psutil
 
