@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
+from collections.abc import Sequence
 
 import torch
 
+from ..compiler.tuner import Outcome
 from ..runtime import dispatch, recorded
 from ..runtime.threads import set_threads
 from .compiled import compile_decoder
@@ -21,6 +23,18 @@ Speeds = dict[str, float]
 def speeds(model: LanguageModel, prompt: int = 512, new: int = 32, repeats: int = 3) -> Speeds:
     """Return tokens a second of "prefill" and "decode", medians of a few runs."""
     return _medians([_run(model, prompt, new) for _ in range(repeats)])
+
+
+def changed(outcomes: Sequence[Outcome], earlier: recorded.Known) -> bool:
+    """Return whether some problem runs with another configuration than with the `earlier` records."""
+    for outcome in outcomes:
+        if outcome.state == "tuned" and outcome.record is not None:
+            problem = outcome.problem
+            with recorded.held(earlier):
+                before = recorded.chosen(problem.wanted, problem.space)
+            if before != problem.space.complete(outcome.record.configuration):
+                return True
+    return False
 
 
 def side_by_side(new: LanguageModel, earlier: recorded.Known) -> tuple[Speeds, Speeds]:

@@ -38,7 +38,7 @@ from .layers import QuantLinear
 from .loading import load_as_it_is, open_checkpoint
 from .plan import plan_memory
 from .requantise import QuantisedCheckpoint
-from .tuned_speed import side_by_side, speeds
+from .tuned_speed import changed, side_by_side, speeds
 
 PROVIDER = "edgeformer.model.tuning:tunable"
 _STEP_LENGTHS, _CHUNK_LENGTHS = (1,) * 6, (17, 40, 9)  # of a check: tokens of each call
@@ -334,21 +334,9 @@ def tune(
     del model
     outcomes = tune_problems(found, seconds=seconds, more=more, progress=progress)
     recorded.forget()
-    if not _changed(outcomes, earlier):
+    if not changed(outcomes, earlier):
         return Tuned(tuple(outcomes), before, before)
     return Tuned(tuple(outcomes), *side_by_side(load_as_it_is(**options), earlier))
-
-
-def _changed(outcomes: Sequence[Outcome], earlier: recorded.Known) -> bool:
-    """Return whether some problem runs with another configuration than with the `earlier` records."""
-    for outcome in outcomes:
-        if outcome.state == "tuned" and outcome.record is not None:
-            problem = outcome.problem
-            with recorded.held(earlier):
-                before = recorded.chosen(problem.wanted, problem.space)
-            if before != problem.space.complete(outcome.record.configuration):
-                return True
-    return False
 
 
 def on_demand() -> float:
